@@ -1,0 +1,121 @@
+"""Artifacts on disk: schemas, digests, and writes that are either complete or absent."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.params import InputError
+
+SOURCES = ("real", "synthetic")
+_SOURCE = pa.dictionary(pa.int8(), pa.string())
+
+MARGINS_SCHEMA = pa.schema(
+    [
+        pa.field("source", _SOURCE, nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("predicted", pa.int16(), nullable=False),
+        pa.field("margin", pa.float32()),
+        pa.field("nearest", pa.int16()),
+        pa.field("iterations", pa.int16(), nullable=False),
+        pa.field("converged", pa.bool_(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("entropy", pa.float32(), nullable=False),
+        pa.field("logit_margin", pa.float32(), nullable=False),
+        pa.field("el2n", pa.float32(), nullable=False),
+        pa.field("grand", pa.float32(), nullable=False),
+    ]
+)
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("source", _SOURCE, nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("eps", pa.float32()),
+        pa.field("reason", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+    ]
+)
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """Yield a fresh directory beside target; on success it becomes target in one rename, on failure it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        sync(work)
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def sync(directory: Path) -> None:
+    """Flush every file below directory to the disk."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with sorted keys, so that equal content is equal bytes; NaN is an error."""
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    work = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    work.write_text(text)
+    work.rename(path)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON artifact.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: wanted an artifact of an earlier stage, found none; run `dvc repro`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete the artifact and run `dvc repro`") from None
+
+
+def write_table(path: Path, table: pa.Table, metadata: dict[str, str] | None = None) -> None:
+    """Write Parquet with file metadata."""
+    pq.write_table(table.replace_schema_metadata(metadata or {}), path, compression="zstd", write_statistics=True)
+
+
+def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+    """Read one Parquet file, or all parts of a directory in the order of their names.
+
+    Raises:
+        InputError: nothing there, or the columns are not those of the schema.
+    """
+    parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not parts or not parts[0].is_file():
+        raise InputError(f"{path}: wanted Parquet files of an earlier stage, found none; run `dvc repro`")
+    for part in parts:
+        found = pq.read_schema(part)
+        if not found.remove_metadata().equals(schema):
+            raise InputError(f"{part}: wanted the columns {schema.names} with their types, got {found.names}")
+    return pa.concat_tables([pq.read_table(part, columns=columns) for part in parts])
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
