@@ -41,8 +41,7 @@ class ImageStore:
         header = read_json(path / "store.json")
         counts = tuple(shard["count"] for shard in header["shards"])
         store = cls(path, tuple(header["classes"]), tuple(header["shape"]), counts, digest_file(path / "store.json"))
-        if len(store.labels) != len(store):
-            raise InputError(f"{path}/labels.npy: wanted {len(store)} labels, got {len(store.labels)}; rebuild the store")
+        _ = store.labels
         return store
 
     def __len__(self) -> int:
@@ -55,8 +54,12 @@ class ImageStore:
 
     @cached_property
     def labels(self) -> Labels:
-        """All labels (n,), memory-mapped."""
-        return np.load(self.path / "labels.npy", mmap_mode="r", allow_pickle=False)
+        """All labels (n,), memory-mapped.
+
+        Raises:
+            InputError: the file is missing, truncated or of another length.
+        """
+        return load_map(self.path / "labels.npy", (len(self),), np.int64)
 
     def shard(self, index: int) -> Images:
         """One shard (count, H, W, C), memory-mapped.
@@ -65,15 +68,8 @@ class ImageStore:
             InputError: the file is missing, truncated or of another shape.
         """
         if index not in self._maps:
-            path = self.path / shard_name(index)
             wanted = (self.shard_counts[index], *self.shape)
-            try:
-                images = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path}: not a readable shard ({error}); rebuild the store") from None
-            if images.shape != wanted or images.dtype != np.uint8:
-                raise InputError(f"{path}: wanted uint8 {wanted}, got {images.dtype} {images.shape}; rebuild the store")
-            self._maps[index] = images
+            self._maps[index] = load_map(self.path / shard_name(index), wanted, np.uint8)
         return self._maps[index]
 
     def batch(self, rows: NDArray[np.int64]) -> Images:
@@ -93,6 +89,17 @@ class ImageStore:
         for first in range(start, stop, size):
             rows = np.arange(first, min(first + size, stop))
             yield rows, self.batch(rows), np.asarray(self.labels[rows])
+
+
+def load_map(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """Memory-map an .npy file of the given shape and type."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({error}); rebuild the store") from None
+    if array.shape != shape or array.dtype != dtype:
+        raise InputError(f"{path}: wanted {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}; rebuild the store")
+    return array
 
 
 def shard_name(index: int) -> str:
@@ -139,7 +146,10 @@ def write_store(
 
 
 def regroup(chunks: Iterable[Chunk], shape: tuple[int, int, int], num_classes: int, shard_rows: int) -> Iterator[Chunk]:
-    """Check chunks and cut them into shards of shard_rows images; the last may be smaller."""
+    """Check chunks and cut them into shards of shard_rows images; the last may be smaller.
+
+    The images of a shard are good until the next is asked for: all shards share one buffer.
+    """
     images, labels = np.empty((shard_rows, *shape), np.uint8), np.empty(shard_rows, np.int64)
     filled = 0
     for new_images, new_labels in chunks:
@@ -151,15 +161,17 @@ def regroup(chunks: Iterable[Chunk], shape: tuple[int, int, int], num_classes: i
             labels[filled : filled + take] = new_labels[done : done + take]
             filled, done = filled + take, done + take
             if filled == shard_rows:
-                yield images.copy(), labels.copy()
+                yield images, labels.copy()
                 filled = 0
     if filled:
-        yield images[:filled].copy(), labels[:filled].copy()
+        yield images[:filled], labels[:filled]
 
 
 def check_chunk(images: Images, labels: Labels, shape: tuple[int, int, int], num_classes: int) -> None:
     if images.dtype != np.uint8 or images.shape[1:] != shape:
         raise InputError(f"images: wanted uint8 of shape {shape} (H, W, C), got {images.dtype} {images.shape[1:]}")
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"labels: wanted integers, got {labels.dtype}")
     if len(images) != len(labels):
         raise InputError(f"wanted one label per image, got {len(images)} images and {len(labels)} labels")
     if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):

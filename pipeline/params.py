@@ -44,7 +44,7 @@ class StageParams(Section):
         """As `load`, from params already read."""
         chosen = {key: lookup(params, key.format(**items), origin) for key in cls.keys().values()}
         try:
-            return cls.model_validate_json(json.dumps(chosen), strict=True)
+            return cls.model_validate_json(json.dumps(chosen, default=str), strict=True)
         except ValidationError as error:
             raise InputError(f"{origin}: {explain(error, items)}") from None
 
@@ -54,8 +54,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: wanted a YAML file, found none; run from the root of the project")
     try:
-        params = YAML(typ="safe", pure=True).load(path.read_text())
-    except YAMLError as error:
+        params = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
         raise InputError(f"{path}: wanted a mapping of sections, got {type(params).__name__}")
@@ -78,7 +78,10 @@ def explain(error: ValidationError, items: dict[str, str] | None = None) -> str:
     """One line for all that is wrong: where, what was wanted, what came."""
     lines = []
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"]).format(**(items or {}))
+        parts = [str(part) for part in problem["loc"]]
+        if parts and items:
+            parts[0] = parts[0].format(**items)
+        where = ".".join(parts)
         if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: no such parameter; remove it or correct its name")
         elif problem["type"] == "missing":

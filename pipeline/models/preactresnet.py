@@ -28,9 +28,9 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """A stem, stages of blocks that halve the resolution from the second on, global average pooling."""
 
-    def __init__(self, in_channels: int, num_classes: int, blocks: list[int], width: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, blocks: list[int], width: int, stem_stride: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
         layers: list[nn.Module] = []
         in_planes = width
         for stage, count in enumerate(blocks):
@@ -50,10 +50,20 @@ class PreActResNet(nn.Module):
 
 
 def preactresnet(
-    shape: tuple[int, int, int], num_classes: int, *, blocks: list[int] | None = None, width: int = 64
+    shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    blocks: list[int] | None = None,
+    width: int = 64,
+    stem_stride: int = 1,
 ) -> nn.Module:
-    """blocks [2, 2, 2, 2] (the default) and width 64 are PreActResNet-18; each stage doubles the width."""
+    """blocks [2, 2, 2, 2] (the default) and width 64 are PreActResNet-18; each stage doubles the width.
+
+    `stem_stride: 2` halves the resolution at once, for large images or a small machine."""
     blocks = [2, 2, 2, 2] if blocks is None else blocks
-    if not blocks or min(blocks) < 1 or width < 1:
-        raise InputError(f"preactresnet: wanted at least one block per stage and width >= 1, got {blocks}, {width}")
-    return PreActResNet(shape[2], num_classes, blocks, width)
+    if not blocks or min(blocks) < 1 or width < 1 or stem_stride < 1:
+        raise InputError(
+            "preactresnet: wanted at least one block per stage, width >= 1 and stem_stride >= 1, "
+            f"got blocks {blocks}, width {width}, stem_stride {stem_stride}"
+        )
+    return PreActResNet(shape[2], num_classes, blocks, width, stem_stride)

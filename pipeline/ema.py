@@ -1,0 +1,27 @@
+"""Exponential moving average of a model: its weights and, in a copy of their own, its BatchNorm statistics."""
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class EMA(Generic[Module]):
+    """`model` is the average, in eval mode. The decay ramps up as min(decay, (1 + t) / (10 + t)) over updates t."""
+
+    def __init__(self, model: Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: Module, step: int) -> None:
+        """Move the average towards model after its update number step (from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for average, value in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight)
+            else:
+                average.copy_(value)
