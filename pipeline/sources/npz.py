@@ -1,0 +1,203 @@
+"""NumPy .npz archives, such as the synthetic images of Wang et al. 2023 (arXiv:2302.04638), read by rows, never loaded.
+
+Those archives are sorted by class, so any part of one must be drawn through a permutation: see `stream`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt
+
+from pipeline.images import Chunk, Labels
+from pipeline.params import InputError, Section
+from pipeline.sources.npz_member import Member, open_member, reading
+from pipeline.sources.rows import Rows, permuted
+from pipeline.sources.source import (
+    Source,
+    Split,
+    SplitName,
+    check_labels,
+    chunk_rows,
+    class_names,
+    expand,
+    expand_splits,
+    pieces,
+)
+
+
+class NpzParams(Section):
+    """`train` and `test` are files or globs; `classes: null` numbers the classes."""
+
+    kind: Literal["npz"]
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    image_key: str = "image"
+    label_key: str = "label"
+    classes: tuple[str, ...] | None = None
+
+    def open(self) -> Source:
+        return open_npz(**self.model_dump(exclude={"kind"}))
+
+
+class NpzSyntheticParams(Section):
+    """Synthetic images that exist already: `num_images` of them (null: all), in an order drawn from `seed`.
+
+    `filtered` records whether a filter chose them (Wang et al.'s 1M are the most confident fifth; their larger sets are
+    unfiltered), null where unknown; results of the two must not be mixed.
+    """
+
+    kind: Literal["npz"]
+    files: tuple[str, ...]
+    image_key: str = "image"
+    label_key: str = "label"
+    num_images: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    filtered: bool | None = None
+
+
+@dataclass(frozen=True)
+class Archives:
+    """Images and labels of several .npz files as one sequence of rows; each file has its pair of members."""
+
+    images: tuple[Member, ...]
+    labels: tuple[Member, ...]
+
+    @classmethod
+    def open(cls, files: Sequence[Path], image_key: str = "image", label_key: str = "label") -> "Archives":
+        """Check every header; no image is read.
+
+        Raises:
+            InputError: images are not uint8 (n, H, W, C), or (n, H, W) for grey, of one shape with one integer label each.
+        """
+        pairs = [(open_member(file, image_key), open_member(file, label_key)) for file in files]
+        for images, labels in pairs:
+            check_pair(images, labels)
+            if images.shape[1:] != pairs[0][0].shape[1:]:
+                raise InputError(
+                    f"{images.file}: wanted images {pairs[0][0].shape[1:]} as in {pairs[0][0].file}, got {images.shape[1:]}"
+                )
+        return cls(tuple(images for images, _ in pairs), tuple(labels for _, labels in pairs))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image."""
+        height, width, *channels = self.images[0].shape[1:]
+        return height, width, channels[0] if channels else 1
+
+    @property
+    def starts(self) -> Rows:
+        """First row of each file, and the end: (files + 1,)."""
+        return np.cumsum([0, *(member.shape[0] for member in self.images)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def origin(self) -> list[dict[str, Any]]:
+        """Name as given of each file, and the CRC-32 that the archive keeps of its arrays: nothing has to be read for it."""
+        return [
+            {"file": images.file.as_posix(), "crc32": {images.key: images.crc32, labels.key: labels.crc32}}
+            for images, labels in zip(self.images, self.labels, strict=True)
+        ]
+
+    def chunks(self, parts: Iterable[Rows], *, any_order: bool) -> Iterator[Chunk]:
+        """One chunk for each part (B,) of the rows. Without `any_order` the parts must ascend, each in itself and in turn."""
+        with ExitStack() as stack:
+            opened = [
+                [(member, *stack.enter_context(member.opened(any_order=any_order))) for member in members]
+                for members in (self.images, self.labels)
+            ]
+            for rows in parts:
+                images, labels = (self.gather(members, rows) for members in opened)
+                yield images.reshape(-1, *self.shape), labels.astype(np.int64)
+
+    def gather(self, members: list[tuple[Member, IO[bytes], int]], rows: Rows) -> NDArray[Any]:
+        """Rows (B,) of one array over all files: (B, ...)."""
+        first = members[0][0]
+        found = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        files = np.searchsorted(self.starts, rows, side="right") - 1
+        for index in np.unique(files):
+            member, file, start = members[index]
+            with reading(member.file):
+                found[files == index] = member.rows(file, start, rows[files == index] - self.starts[index])
+        return found
+
+
+def check_pair(images: Member, labels: Member) -> None:
+    if images.dtype != np.uint8 or len(images.shape) not in (3, 4):
+        raise InputError(f"{images.file}: {images.key!r}: wanted uint8 (n, H, W, C), got {images.dtype} {images.shape}")
+    if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
+        raise InputError(f"{labels.file}: {labels.key!r}: wanted integers (n,), got {labels.dtype} {labels.shape}")
+    if images.shape[0] != labels.shape[0]:
+        raise InputError(
+            f"{images.file}: wanted one label per image, got {images.shape[0]} images and {labels.shape[0]} labels"
+        )
+
+
+def open_npz(
+    *, train: tuple[str, ...], test: tuple[str, ...], image_key: str, label_key: str, classes: tuple[str, ...] | None
+) -> Source:
+    """Reads the labels; the images are read as they are streamed.
+
+    Raises:
+        InputError: as `Archives.open`, no file, or a label outside the classes.
+    """
+    files = expand_splits(train, test)
+    archives = {name: Archives.open(paths, image_key, label_key) for name, paths in files.items()}
+    if archives["train"].shape != archives["test"].shape:
+        raise InputError(
+            f"npz: wanted train and test images of one shape, got {archives['train'].shape} and {archives['test'].shape}"
+        )
+    labels = {name: read_labels(archive) for name, archive in archives.items()}
+    names = class_names(classes, labels["train"])
+    for name, archive in archives.items():
+        for member, part in zip(archive.labels, np.split(labels[name], archive.starts[1:-1]), strict=True):
+            check_labels(part, len(names), member.file)
+    origin = {"kind": "npz", "files": {name: archive.origin() for name, archive in archives.items()}}
+    splits: dict[SplitName, Split] = {name: archive_split(archives[name], labels[name]) for name in files}
+    return Source(names, archives["train"].shape, origin, splits)
+
+
+def read_labels(archives: Archives) -> Labels:
+    """All labels (n,)."""
+    parts = []
+    for member in archives.labels:
+        with reading(member.file), member.opened(any_order=False) as (file, start):
+            parts.append(member.rows(file, start, np.arange(member.shape[0])).astype(np.int64))
+    return np.concatenate(parts)
+
+
+def archive_split(archives: Archives, labels: Labels) -> Split:
+    return Split(labels, lambda rows: archives.chunks(pieces(rows, archives.shape), any_order=False))
+
+
+def stream(
+    files: Sequence[str],
+    *,
+    seed: int,
+    num_images: int | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+    start: int = 0,
+    stop: int | None = None,
+) -> tuple[int, Iterator[Chunk]]:
+    """A random subset in random order, both drawn from seed: its size, and its positions [start, stop) as chunks.
+
+    Positions count in the random order, so that parts of it are made independently of each other and agree with the
+    whole. Memory does not grow with the files; compressed ones are first decompressed to temporary files.
+
+    Raises:
+        InputError: as `Archives.open`, no file, or fewer than num_images images.
+    """
+    archives = Archives.open(expand(files), image_key, label_key)
+    count = len(archives) if num_images is None else num_images
+    if count > len(archives):
+        raise InputError(f"{', '.join(files)}: wanted {count} images (num_images), found {len(archives)}")
+    size = chunk_rows(archives.shape)
+    stop = count if stop is None else stop
+    parts = (permuted(np.arange(first, min(first + size, stop)), len(archives), seed) for first in range(start, stop, size))
+    return count, archives.chunks(parts, any_order=True)

@@ -1,0 +1,127 @@
+"""One array in an .npz archive, read by rows straight from the archive and never loaded."""
+
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.params import InputError
+from pipeline.sources.rows import Rows
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array in an .npz: its shape and type, and where its rows begin.
+
+    `body` is the offset of the first row in the member, `stored_at` that of the member in the file, or None if compressed.
+    """
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    body: int
+    stored_at: int | None
+    crc32: str
+
+    @contextmanager
+    def opened(self, *, any_order: bool) -> Iterator[tuple[IO[bytes], int]]:
+        """A file and the offset of the first row in it.
+
+        An uncompressed member is read in place. A compressed one can only be read forward; for `any_order` it is
+        decompressed to a temporary file first.
+        """
+        if self.stored_at is not None:
+            with self.file.open("rb") as file:
+                yield file, self.stored_at + self.body
+            return
+        with zipfile.ZipFile(self.file) as archive, archive.open(f"{self.key}.npy") as member:
+            if not any_order:
+                yield member, self.body
+                return
+            with TemporaryFile() as spool:
+                with reading(self.file):
+                    shutil.copyfileobj(member, spool, 2**20)
+                yield spool, self.body
+
+    def rows(self, file: IO[bytes], start: int, rows: Rows) -> NDArray[Any]:
+        """Rows (B,) in their order: (B, ...). They are read in ascending order, one read for each run of neighbours."""
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        row_bytes = self.dtype.itemsize * prod(self.shape[1:])
+        cuts = (np.flatnonzero(np.diff(ascending) != 1) + 1).tolist()
+        for first, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+            file.seek(start + int(ascending[first]) * row_bytes)
+            data = file.read((stop - first) * row_bytes)
+            found[order[first:stop]] = np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
+        return found
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever cannot be read in an archive becomes an InputError."""
+    try:
+        yield
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise InputError(f"{file}: not a readable .npz file ({error}); fetch or write it again") from error
+
+
+def open_member(file: Path, key: str) -> Member:
+    """Find one array by its key; only its header is read.
+
+    Raises:
+        InputError: not an archive, no such key, not an array, an array of Python objects, or one cut short.
+    """
+    with reading(file), zipfile.ZipFile(file) as archive:
+        keys = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        if key not in keys:
+            raise InputError(f"{file}: wanted an array {key!r}, got: {', '.join(keys) or 'none'}")
+        entry = archive.getinfo(f"{key}.npy")
+        with archive.open(entry) as member:
+            shape, dtype = read_header(member, f"{file}: {key!r}")
+            body = member.tell()
+        at = stored_at(file, entry)
+    wanted = body + dtype.itemsize * prod(shape)
+    if entry.file_size != wanted:
+        raise InputError(f"{file}: {key!r}: wanted {wanted} bytes for {dtype} {shape}, got {entry.file_size}; fetch it again")
+    return Member(file, key, shape, dtype, body, at, f"{entry.CRC:08x}")
+
+
+def read_header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the .npy that begins here; leaves member at its first row."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(member)
+        if version not in readers:
+            raise InputError(f"{where}: wanted .npy version 1.0 or 2.0, got {version}; write it with numpy.save")
+        shape, fortran_order, dtype = readers[version](member)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{where}: not an .npy array ({error})") from error
+    if dtype.hasobject:
+        raise InputError(f"{where}: wanted numbers, got an array of Python objects, which would have to be unpickled: refused")
+    if fortran_order and len(shape) > 1:
+        raise InputError(
+            f"{where}: wanted rows one after the other (C order), got Fortran order; save np.ascontiguousarray of it"
+        )
+    return shape, dtype
+
+
+def stored_at(file: Path, entry: zipfile.ZipInfo) -> int | None:
+    """Where the bytes of an uncompressed member begin: after its local header, whose name and extra field vary in length."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return None
+    with file.open("rb") as raw:
+        raw.seek(entry.header_offset + 26)
+        name_bytes, extra_bytes = struct.unpack("<HH", raw.read(4))
+    return entry.header_offset + 30 + int(name_bytes) + int(extra_bytes)

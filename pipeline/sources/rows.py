@@ -1,0 +1,64 @@
+"""Which rows: seeded permutations of any length in constant memory, and stratified subsets."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.images import Labels
+
+Rows = NDArray[np.int64]  # (n,)
+
+ROUNDS = 8
+
+
+def permuted(positions: Rows, count: int, seed: int) -> Rows:
+    """Rows (B,) that a seeded permutation of range(count) puts at the given positions (B,).
+
+    A Feistel network over the smallest 4**half >= count, walked until it falls into range(count) (Black & Rogaway 2002,
+    Ciphers with Arbitrary Finite Domains): no array of length count exists, and any part of the order stands alone.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    keys = np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64).astype(np.uint64)
+    rows = feistel(positions.astype(np.uint64), half, keys)
+    outside = np.flatnonzero(rows >= count)
+    while len(outside):
+        rows[outside] = feistel(rows[outside], half, keys)
+        outside = outside[rows[outside] >= count]
+    return rows.astype(np.int64)
+
+
+def feistel(numbers: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of [0, 4**half) onto itself, applied to numbers (B,)."""
+    shift, mask = np.uint64(half), np.uint64(2**half - 1)
+    left, right = numbers >> shift, numbers & mask
+    for key in keys:
+        left, right = right, left ^ (mix(right ^ key) & mask)
+    return (left << shift) | right
+
+
+def mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every bit in moves every bit out."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def stratified(labels: Labels, num_rows: int, seed: int) -> Rows:
+    """num_rows of the rows of labels (n,), ascending: drawn at random within each class, classes as frequent as in labels.
+
+    Exact shares are rounded by the largest remainder. All rows if there are no more than num_rows.
+    """
+    if num_rows >= len(labels):
+        return np.arange(len(labels))
+    counts = np.bincount(labels)
+    quota, remainder = np.divmod(counts * num_rows, len(labels))
+    quota[np.argsort(-remainder, kind="stable")[: num_rows - quota.sum()]] += 1
+    order = permuted(np.arange(len(labels)), len(labels), seed)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(by_class[rank < np.repeat(quota, counts)])
+
+
+def hold_out(labels: Labels, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Rows to train on and rows to test on, ascending: a stratified fraction of labels (n,) is held out for the test."""
+    test = stratified(labels, round(len(labels) * fraction), seed)
+    return np.setdiff1d(np.arange(len(labels)), test, assume_unique=True), test

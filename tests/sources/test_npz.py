@@ -1,0 +1,212 @@
+"""The .npz reader gives what numpy.load gives, without loading it; any part of its seeded order can be taken alone."""
+
+import io
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline.images import Chunk
+from pipeline.params import InputError
+from pipeline.sources import source
+from pipeline.sources.npz import Archives, NpzParams, open_npz, stream
+from pipeline.sources.rows import permuted
+from tests.sources.samples import joined
+
+
+def sample(count: int, seed: int = 0) -> Chunk:
+    """Images sorted by class, as in the archives of Wang et al."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 4, 3, 3), np.uint8), np.sort(rng.integers(0, 10, count))
+
+
+def save(path: Path, chunk: Chunk, compressed: bool = False) -> str:
+    (np.savez_compressed if compressed else np.savez)(path, image=chunk[0], label=chunk[1])
+    return str(path)
+
+
+def same(got: Chunk, wanted: Chunk) -> None:
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "CHUNK_ROWS", 16)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_source_gives_the_arrays_that_numpy_loads(tmp_path: Path, compressed: bool) -> None:
+    train = [save(tmp_path / f"train{index}.npz", sample(40 + index, index), compressed) for index in range(2)]
+    test = save(tmp_path / "test.npz", sample(20, 9), compressed)
+    opened = NpzParams(kind="npz", train=(f"{tmp_path}/train*.npz",), test=(test,)).open()
+    loaded = [np.load(file) for file in train]
+    wanted = tuple(np.concatenate([file[key] for file in loaded]) for key in ("image", "label"))
+    same(joined(opened.splits["train"]()), (wanted[0], wanted[1]))
+    same(joined(opened.splits["test"]()), sample(20, 9))
+    assert (opened.shape, opened.classes) == ((4, 3, 3), tuple("0123456789"))
+    assert max(len(images) for images, _ in opened.splits["train"]()) == 16
+    rows = np.array([0, 1, 17, 39, 40, 41, 80])
+    same(joined(opened.splits["train"](rows)), (wanted[0][rows], wanted[1][rows]))
+
+
+def test_the_origin_names_the_files_with_the_checksums_of_their_arrays(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.npz", sample(10))
+    with zipfile.ZipFile(file) as archive:
+        checksums = {key: f"{archive.getinfo(f'{key}.npy').CRC:08x}" for key in ("image", "label")}
+    assert Archives.open([Path(file)]).origin() == [{"file": file, "crc32": checksums}]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_stream_is_a_permutation_of_all_files(tmp_path: Path, compressed: bool) -> None:
+    chunks = [sample(40, 1), sample(61, 2)]
+    files = [save(tmp_path / f"{index}.npz", chunk, compressed) for index, chunk in enumerate(chunks)]
+    all_images, all_labels = joined(chunks)
+    count, parts = stream(files, seed=5)
+    order = permuted(np.arange(101), 101, 5)
+    assert count == 101
+    same(joined(parts), (all_images[order], all_labels[order]))
+
+
+def test_parts_of_a_stream_join_to_the_whole(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.npz", sample(101))
+    parts = [stream([file], seed=5, num_images=90, start=start, stop=stop)[1] for start, stop in ((0, 37), (37, 38), (38, 90))]
+    same(joined(chunk for part in parts for chunk in part), joined(stream([file], seed=5, num_images=90)[1]))
+
+
+def test_the_seed_alone_decides_the_order(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.npz", sample(101))
+    first, again, other = (joined(stream([file], seed=seed)[1])[0] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_part_of_an_archive_sorted_by_class_holds_every_class(tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(10), 1000)
+    file = save(tmp_path / "a.npz", (np.zeros((10_000, 1, 1, 3), np.uint8), labels))
+    _, drawn = joined(stream([file], seed=0, num_images=1000)[1])
+    assert np.abs(np.bincount(drawn, minlength=10) - 100).max() < 40  # 4 standard deviations
+
+
+def test_grey_images_without_a_channel_axis_get_one(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.npz", (np.arange(60, dtype=np.uint8).reshape(5, 4, 3), np.arange(5)))
+    images, _ = joined(stream([file], seed=0)[1])
+    assert images.shape == (5, 4, 3, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8, np.dtype(">i8")])
+def test_labels_of_any_integer_type_become_int64(tmp_path: Path, dtype: np.dtype[np.generic]) -> None:
+    images, labels = sample(20)
+    file = save(tmp_path / "a.npz", (images, labels.astype(dtype)))
+    same(joined(Archives.open([Path(file)]).chunks([np.arange(20)], any_order=False)), (images, labels))
+
+
+def test_memory_does_not_grow_with_the_archive(tmp_path: Path) -> None:
+    images, labels = np.zeros((20_000, 32, 32, 3), np.uint8), np.zeros(20_000, np.int64)
+    file = save(tmp_path / "a.npz", (images, labels))
+    tracemalloc.start()
+    for _ in stream([file], seed=0, stop=200)[1]:
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < images.nbytes / 50
+
+
+def archive(path: Path, **members: bytes) -> str:
+    with zipfile.ZipFile(path, "w") as file:
+        for key, content in members.items():
+            file.writestr(f"{key}.npy", content)
+    return str(path)
+
+
+def npy(array: NDArray[np.generic]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+IMAGES, LABELS = sample(10)
+BAD = {
+    "no such key": ({"images": npy(IMAGES), "label": npy(LABELS)}, "wanted an array 'image', got: images, label"),
+    "objects": (
+        {"image": npy(np.array([{}], object)), "label": npy(LABELS)},
+        "'image': wanted numbers, got an array of Python objects, which would have to be unpickled: refused",
+    ),
+    "floats": (
+        {"image": npy(IMAGES / 255), "label": npy(LABELS)},
+        "'image': wanted uint8 (n, H, W, C), got float64 (10, 4, 3, 3)",
+    ),
+    "flat": ({"image": npy(IMAGES.reshape(10, -1)), "label": npy(LABELS)}, "wanted uint8 (n, H, W, C), got uint8 (10, 36)"),
+    "one-hot labels": ({"image": npy(IMAGES), "label": npy(np.eye(10))}, "'label': wanted integers (n,), got float64 (10, 10)"),
+    "fewer labels": (
+        {"image": npy(IMAGES), "label": npy(LABELS[:9])},
+        "wanted one label per image, got 10 images and 9 labels",
+    ),
+    "cut short": (
+        {"image": npy(IMAGES)[:-1], "label": npy(LABELS)},
+        "'image': wanted 488 bytes for uint8 (10, 4, 3, 3), got 487",
+    ),
+    "Fortran order": ({"image": npy(np.asfortranarray(IMAGES)), "label": npy(LABELS)}, "got Fortran order"),
+    "not an array": ({"image": b"hello world", "label": npy(LABELS)}, "'image': not an .npy array (the magic string is not"),
+    "newer version": ({"image": b"\x93NUMPY\x09\x00", "label": npy(LABELS)}, "wanted .npy version 1.0 or 2.0, got (9, 0)"),
+}
+
+
+@pytest.mark.parametrize(("members", "message"), BAD.values(), ids=BAD.keys())
+def test_an_archive_of_another_make_is_refused_by_name(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    file = archive(tmp_path / "bad.npz", **members)
+    with pytest.raises(InputError) as error:
+        stream([file], seed=0)
+    assert str(error.value).startswith(file)
+    assert message in str(error.value)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"no archive at all")
+    with pytest.raises(InputError, match=r"a\.npz: not a readable \.npz file \(File is not a zip file\)"):
+        stream([str(tmp_path / "a.npz")], seed=0)
+
+
+def test_damaged_compressed_bytes_are_refused(tmp_path: Path) -> None:
+    file = Path(save(tmp_path / "a.npz", sample(500), compressed=True))
+    content = bytearray(file.read_bytes())
+    content[3000:3400] = b"\xff" * 400
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.npz: not a readable \.npz file"):
+        list(stream([str(file)], seed=0)[1])
+
+
+def test_files_of_two_shapes_are_refused(tmp_path: Path) -> None:
+    files = [save(tmp_path / "a.npz", sample(10)), save(tmp_path / "b.npz", (IMAGES[:, :2], LABELS))]
+    with pytest.raises(InputError, match=r"b\.npz: wanted images \(4, 3, 3\) as in .*a\.npz, got \(2, 3, 3\)"):
+        stream(files, seed=0)
+
+
+def test_more_images_than_there_are_cannot_be_drawn(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"wanted 11 images \(num_images\), found 10"):
+        stream([save(tmp_path / "a.npz", sample(10))], seed=0, num_images=11)
+
+
+def test_train_and_test_of_two_shapes_are_refused(tmp_path: Path) -> None:
+    train, test = save(tmp_path / "a.npz", sample(10)), save(tmp_path / "b.npz", (IMAGES[:, :2], LABELS))
+    with pytest.raises(InputError, match=r"wanted train and test images of one shape, got \(4, 3, 3\) and \(2, 3, 3\)"):
+        open_npz(train=(train,), test=(test,), image_key="image", label_key="label", classes=None)
+
+
+def test_a_label_outside_the_classes_is_named_with_its_file_and_row(tmp_path: Path) -> None:
+    train = save(tmp_path / "a.npz", (IMAGES, np.arange(10) % 3))
+    test = save(tmp_path / "b.npz", (IMAGES, np.array([0, 1, 2, 3, 0, 0, 0, 0, 0, 0])))
+    with pytest.raises(InputError, match=r"b\.npz: row 3: wanted a label in \[0, 3\), got 3"):
+        open_npz(train=(train,), test=(test,), image_key="image", label_key="label", classes=("ant", "bee", "cat"))
+
+
+def test_the_temporary_copy_of_a_compressed_archive_is_gone_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spool"))
+    (tmp_path / "spool").mkdir()
+    chunks = stream([save(tmp_path / "a.npz", sample(100), compressed=True)], seed=0)[1]
+    next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    assert not list((tmp_path / "spool").iterdir())
