@@ -42,7 +42,7 @@ class Member:
         decompressed to a temporary file first.
         """
         if self.stored_at is not None:
-            with self.file.open("rb") as file:
+            with self.file.open("rb", buffering=512) as file:  # single rows are far apart: reading ahead is waste
                 yield file, self.stored_at + self.body
             return
         with zipfile.ZipFile(self.file) as archive, archive.open(f"{self.key}.npy") as member:
@@ -64,6 +64,8 @@ class Member:
         for first, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
             file.seek(start + int(ascending[first]) * row_bytes)
             data = file.read((stop - first) * row_bytes)
+            if len(data) != (stop - first) * row_bytes:
+                raise EOFError(f"{self.key!r} ends before its last row")
             found[order[first:stop]] = np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
         return found
 
