@@ -92,7 +92,7 @@ class Point:
 
 
 def name_setting(rule: str, fraction: float) -> str:
-    return rule if RULES[rule].prunes == "nothing" else f"{rule} {100 * fraction:g} %"
+    return rule if RULES[rule].prunes == "nothing" else f"{rule} {100 * fraction:g}%"
 
 
 def settings(fractions: Sequence[float]) -> Iterator[tuple[str, float]]:

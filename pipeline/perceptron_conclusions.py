@@ -1,7 +1,6 @@
 """What the perceptron's numbers say: rules compared over paired seeds, sentences, and the files of the artifact."""
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from pipeline.artifacts import publish, write_json
+from pipeline.csv_tables import write_csv
 from pipeline.perceptron import RULES, Floats, Point, Share
 
 SHARE_COLUMNS = ("rule", "fraction", "exact", "monte_carlo", "standard_error", "num_kept")
@@ -54,25 +54,35 @@ def conclude(shares: Sequence[Share], points: Sequence[Point], *, eps: float, pr
         "errors.",
         f"Samples are pruned by {margins_from(probe_angle_deg)}.",
     ]
-    for share in shares:
-        if RULES[share.rule].prunes in ("easy", "hard") and not RULES[share.rule].lowers_eps:
-            told.append(f"{share.setting} leaves {share.exact:.1%} of the kept samples within reach of the true boundary.")
-    told += [
-        describe_winners(metric, [best for best in find_winners(points) if best["metric"] == metric]) for metric in METRICS
-    ]
-    others = dict.fromkeys((point.rule, point.fraction) for point in points if point.rule != "none")
-    return told + [against_none(points, rule, fraction) for rule, fraction in others]
+    pruning = [rule for rule, how in RULES.items() if how.prunes in ("easy", "hard") and not how.lowers_eps]
+    told += [describe_shares(rule, found) for rule in pruning if (found := [share for share in shares if share.rule == rule])]
+    winners = find_winners(points)
+    return told + [describe_winners(metric, [best for best in winners if best["metric"] == metric]) for metric in METRICS]
+
+
+def describe_shares(rule: str, shares: Sequence[Share]) -> str:
+    parts = ", ".join(f"{share.exact:.1%} with {share.fraction:.0%} pruned" for share in shares)
+    return f"Share of the kept samples within reach of the true boundary after {rule}: {parts}."
 
 
 def describe_winners(metric: str, winners: Sequence[dict[str, Any]]) -> str:
-    """The winner at each alpha, or that nothing is told apart from `none`."""
+    """Per winner the alphas at which it wins, the values there, and who is level with it; or that none is not beaten."""
+    above = [best for best in winners if best["setting"] != "none" and "none" not in best["tied"]]
     parts = []
-    for best in winners:
-        gain = f"{best['value']:.3f} ({best['none']:.3f} without pruning)"
-        ties = f", level with {' and '.join(best['tied'])}" if best["tied"] else ""
-        level = best["setting"] == "none" or "none" in best["tied"]
-        parts.append(f"alpha {best['alpha']:g}: {'no rule beats none' if level else best['setting'] + ' ' + gain + ties}")
-    return f"Highest {metric} accuracy, {'; '.join(parts)}."
+    for setting, group in groupby(above, key=lambda best: str(best["setting"])):
+        won = list(group)
+        values = f"{span([best['value'] for best in won])}; without pruning {span([best['none'] for best in won])}"
+        level = [f"{', '.join(best['tied'])} at alpha {best['alpha']:g}" for best in won if best["tied"]]
+        alphas = ", ".join(f"{best['alpha']:g}" for best in won)
+        parts.append(f"{setting} at alpha {alphas} ({values}{'; level with it ' * bool(level)}{' and '.join(level)})")
+    rest = ", ".join(f"{best['alpha']:g}" for best in winners if best not in above)
+    parts += [f"no rule beats none at alpha {rest}"] if rest else []
+    return f"Highest {metric} accuracy: {'; '.join(parts)}."
+
+
+def span(values: Sequence[float]) -> str:
+    low, high = f"{values[0]:.3f}", f"{values[-1]:.3f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def margins_from(probe_angle_deg: float) -> str:
@@ -81,21 +91,26 @@ def margins_from(probe_angle_deg: float) -> str:
     return f"the margins of a probe perceptron at {probe_angle_deg:g} degrees from the teacher"
 
 
+def compare_with_none(points: Sequence[Point]) -> list[str]:
+    """One sentence per setting: where it is above and below `none` with as many kept samples."""
+    others = dict.fromkeys((point.rule, point.fraction) for point in points if point.rule != "none")
+    return [against_none(points, rule, fraction) for rule, fraction in others]
+
+
 def against_none(points: Sequence[Point], rule: str, fraction: float) -> str:
-    """Where one setting is above and below `none` with as many kept samples."""
     none = {point.alpha: point for point in points if point.rule == "none"}
     ours = [point for point in points if (point.rule, point.fraction) == (rule, fraction)]
     parts = []
     for metric in METRICS:
         signs = {point.alpha: compare(getattr(point, metric), getattr(none[point.alpha], metric)) for point in ours}
-        for wanted, word in ((1, "more"), (-1, "less")):
+        for wanted, word in ((1, "higher"), (-1, "lower")):
             alphas = [f"{alpha:g}" for alpha, sign in signs.items() if sign == wanted]
             if alphas:
                 parts.append(f"{word} {metric} accuracy at alpha {', '.join(alphas)}")
     collapsed = sum(point.num_collapsed for point in ours)
     if collapsed:
         parts.append(f"{collapsed} of {sum(len(point.clean) for point in ours)} students collapsed to one class")
-    return f"{ours[0].setting} against none with as many samples kept: {'; '.join(parts) or 'no difference told apart'}."
+    return f"{ours[0].setting} against none: {'; '.join(parts) or 'no difference that the seeds tell apart'}."
 
 
 def write_perceptron(target: Path, params: dict[str, Any], shares: Sequence[Share], points: Sequence[Point]) -> None:
@@ -105,6 +120,7 @@ def write_perceptron(target: Path, params: dict[str, Any], shares: Sequence[Shar
         "margins_from": margins_from(params["probe_angle_deg"]),
         "winners": find_winners(points),
         "conclusions": conclude(shares, points, eps=params["eps"], probe_angle_deg=params["probe_angle_deg"]),
+        "against_none": compare_with_none(points),
     }
     share_rows = [(s.rule, s.fraction, s.exact, s.monte_carlo, s.standard_error, s.num_kept) for s in shares]
     with publish(target) as work:
@@ -116,11 +132,3 @@ def write_perceptron(target: Path, params: dict[str, Any], shares: Sequence[Shar
 def curve_row(point: Point) -> tuple[object, ...]:
     spread = [float(f(values)) for values in (point.clean, point.robust) for f in (np.mean, lambda v: np.std(v, ddof=1))]
     return (point.rule, point.fraction, point.alpha, point.num_kept, point.num_pool, *spread, point.num_collapsed)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Rows, every float with six decimals."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([f"{value:.6f}" if isinstance(value, float) else value for value in row] for row in rows)

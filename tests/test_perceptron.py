@@ -27,7 +27,7 @@ from pipeline.perceptron import (
     teacher_and_probe,
     train_student,
 )
-from pipeline.perceptron_conclusions import compare, conclude, find_winners
+from pipeline.perceptron_conclusions import compare, compare_with_none, conclude, find_winners
 from stages.perceptron import main
 
 SMALL = """
@@ -202,16 +202,16 @@ def test_conclusions_follow_the_numbers() -> None:
     shares = [Share("none", 0.0, 0.4, 0.41, 0.01, 100), Share("prune_hard", 0.5, 0.0, 0.0, 0.0, 50)]
     points = [point("none", 0, 0.5, 0.7), point("prune_hard", 0.5, 0.6, 0.6), point("random", 0.5, 0.4, 0.7)]
     assert [(best["metric"], best["setting"], best["tied"]) for best in find_winners(points)] == [
-        ("robust", "prune_hard 50 %", []),
-        ("clean", "none", ["random 50 %"]),
+        ("robust", "prune_hard 50%", []),
+        ("clean", "none", ["random 50%"]),
     ]
-    told = "\n".join(conclude(shares, points, eps=0.5, probe_angle_deg=0))
-    assert "alpha 2: prune_hard 50 % 0.605 (0.505 without pruning)" in told
+    told = "\n".join([*conclude(shares, points, eps=0.5, probe_angle_deg=0), *compare_with_none(points)])
+    assert "Highest robust accuracy: prune_hard 50% at alpha 2 (0.605; without pruning 0.505)." in told
     assert "no rule beats none" in told
-    assert "prune_hard 50 % against none with as many samples kept: more robust accuracy at alpha 2; less clean" in told
-    assert "random 50 % against none with as many samples kept: less robust accuracy at alpha 2." in told
+    assert "prune_hard 50% against none: higher robust accuracy at alpha 2; lower clean" in told
+    assert "random 50% against none: lower robust accuracy at alpha 2." in told
     swapped = [point("none", 0, 0.6, 0.6), point("prune_hard", 0.5, 0.5, 0.7)]
-    assert "less robust accuracy at alpha 2; more clean" in conclude(shares, swapped, eps=0.5, probe_angle_deg=0)[-1]
+    assert "lower robust accuracy at alpha 2; higher clean" in compare_with_none(swapped)[0]
 
 
 def test_the_stage_writes_its_three_files_and_repeats_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,24 @@
+"""One set of artifacts for all tests that only read them."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.reporting.report import Artifacts
+from tests.reporting.artifacts import write_artifacts
+
+STRATEGIES = ("none", "random", "puma")
+SEEDS = (0, 1)
+
+
+def artifacts_at(root: Path) -> Artifacts:
+    names = ("real", "synthetic", "generator", "margins", "manifests", "models", "evaluations", "perceptron")
+    return Artifacts(*(root / name for name in names))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of artifacts; read only."""
+    root = tmp_path_factory.mktemp("artifacts")
+    write_artifacts(root, STRATEGIES, SEEDS)
+    return root

@@ -1,0 +1,82 @@
+"""Curves, sentences and tables against hand-worked cases."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from pipeline.reporting.curves import read_curve, thin
+from pipeline.reporting.runs import by_strategy, read_runs
+from pipeline.reporting.tables import RESULTS, print_headline, write_results
+from pipeline.reporting.verdict import compare_with_baselines, verdict
+from tests.reporting.conftest import SEEDS, STRATEGIES
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_short_curves_are_left_alone_and_gaps_are_nan(made: Path) -> None:
+    curve = read_curve(made / "models" / "puma-0" / "training.csv", "train@puma-0")
+    assert curve["step"].tolist() == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose(curve["loss"], 1 / curve["step"], atol=1e-12)
+    np.testing.assert_allclose(curve["clean_accuracy"], [np.nan, 0.54, np.nan, 0.58, np.nan])
+
+
+def test_long_curves_keep_the_mean_loss_and_the_last_accuracy() -> None:
+    gaps = np.array([np.nan, 0.5, np.nan, np.nan, 0.6, 0.7])
+    found = thin({"step": np.arange(6.0), "loss": np.array([1, 2, 3, 5, 6, 7.0]), "clean_accuracy": gaps}, 3)
+    assert found["step"].tolist() == [1, 3, 5]
+    assert found["loss"].tolist() == [1.5, 4, 6.5]
+    np.testing.assert_array_equal(found["clean_accuracy"], [0.5, np.nan, 0.7])
+
+
+@pytest.fixture
+def results(made: Path, tmp_path: Path) -> Path:
+    write_results(tmp_path / "results.csv", read_runs(made / "manifests", made / "evaluations", STRATEGIES, SEEDS), 0.95)
+    return tmp_path
+
+
+def test_the_headline_is_aligned_text_where_there_is_no_terminal(results: Path) -> None:
+    out = io.StringIO()
+    print_headline(results, out)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "strategy  seed    kept    clean  robust"
+    assert lines[1] == "none         0  100.0%  100.00%  80.00%"
+    assert lines[6] == "puma         1   80.0%   85.00%  65.00%"
+    assert lines[7] == str(results / "report.html")
+
+
+def test_the_headline_is_a_table_on_a_terminal(results: Path) -> None:
+    out = Terminal()
+    print_headline(results, out)
+    assert "─" in out.getvalue()
+    assert "85.00%" in out.getvalue()
+
+
+def test_results_have_one_row_per_run(results: Path) -> None:
+    lines = (results / "results.csv").read_text().splitlines()
+    assert lines[0].split(",") == list(RESULTS)
+    row = dict(zip(RESULTS, lines[-1].split(","), strict=True))
+    assert row["strategy"] == "puma"
+    assert (row["kept"], row["num_kept"], row["num_total"]) == ("0.800000", "80", "100")
+    assert (row["clean"], row["robust"], row["num_examples"], row["eps"]) == ("0.850000", "0.650000", "20", "8/255")
+    wilson = binomtest(17, 20).proportion_ci(0.95, method="wilson")
+    assert (row["clean_low"], row["clean_high"]) == (f"{wilson.low:.6f}", f"{wilson.high:.6f}")
+    assert (row["checkpoint"], row["steps"], row["images_seen"]) == ("best", "5", "5000")
+
+
+def test_comparisons_and_sentences_follow_the_outcomes(made: Path) -> None:
+    groups = by_strategy(read_runs(made / "manifests", made / "evaluations", STRATEGIES, SEEDS))
+    found = compare_with_baselines(groups, 0.95)
+    assert list(found) == ["none", "random"]
+    assert list(found["random"]) == ["none", "puma"]
+    assert found["none"]["puma"].clean.mean == pytest.approx(-0.1)
+    told = verdict(groups, 0.95)
+    assert told[0].startswith("Highest robust accuracy: none with 77.5%; ")
+    assert told[1].startswith("Highest clean accuracy: none with 97.5%; ")
+    assert told[2] == "Least data among the most robust: puma keeps 80.0% of the training samples."
+    assert verdict({"none": groups["none"]}, 0.95)[0] == "Highest robust accuracy: none with 77.5%; all others are lower."

@@ -1,0 +1,70 @@
+"""The report stage from params.yaml to its directory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.params import InputError
+from stages.report import ReportParams, main
+from tests.reporting.artifacts import write_artifacts
+
+PARAMS = """
+report:
+  title: Digits
+  histogram_bins: 10
+  contact_sheet_images: 2
+  confidence: 0.95
+strategies:
+  none: {}
+  puma: {score: margin, keep: 0.8}
+seeds: [0]
+train: {lr: 0.1}
+"""
+INPUTS = ("real", "synthetic", "generator", "margins", "manifests", "models", "evaluations", "perceptron")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(PARAMS)
+    return tmp_path
+
+
+def run_main() -> None:
+    main(**{f"{name}_path": Path("data") / name for name in (*INPUTS, "report")})
+
+
+def test_the_stage_writes_the_report_and_prints_its_headline(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_artifacts(project / "data", ["none", "puma"], [0])
+    run_main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["strategy", "none", "puma"]
+    assert lines[3] == "data/report/report.html"
+    assert Path(lines[3]).stat().st_size > 1_000_000
+
+
+def test_a_missing_manifest_is_an_input_error_that_names_the_stage(project: Path) -> None:
+    write_artifacts(project / "data", ["none"], [0])
+    with pytest.raises(InputError, match="dvc repro manifest@puma"):
+        run_main()
+
+
+def test_the_stage_reads_only_its_own_keys() -> None:
+    assert set(ReportParams.keys()) == {"report", "strategies", "seeds"}
+
+
+@pytest.mark.parametrize("line", ["confidence: 95", "histogram_bins: 1", "contact_sheet_images: -1", "colour: red"])
+def test_wrong_parameters_are_refused(project: Path, line: str) -> None:
+    name = line.split(":")[0]
+    kept = [old for old in PARAMS.splitlines() if not old.strip().startswith(f"{name}:")]
+    kept.insert(kept.index("report:") + 1, f"  {line}")
+    (project / "params.yaml").write_text("\n".join(kept))
+    with pytest.raises(InputError, match=name):
+        ReportParams.load()
+
+
+def test_the_stage_does_not_import_torch() -> None:
+    code = "import sys, stages.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
