@@ -1,0 +1,125 @@
+"""Training of an EDM denoiser (Karras et al. 2022, arXiv:2206.00364, section 5 and table 7)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from pipeline.edm.network import UNet
+from pipeline.edm.preconditioning import denoising_loss
+from pipeline.ema import EMA
+from pipeline.images import Images, ImageStore
+from pipeline.params import InputError, Section
+from pipeline.randomness import numpy_stream, torch_stream
+
+CURVE_POINTS = 200
+Progress = Callable[[int, int, dict[str, float]], None]  # (steps done, steps in all, figures)
+
+
+class GeneratorTrainingParams(Section):
+    """Adam with a linear warm-up. The paper's CIFAR-10: 390,000 steps of 512, warm-up 20,000 steps, EMA decay 0.9993."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt
+    ema_decay: float = Field(ge=0, lt=1)
+    p_mean: float = -1.2
+    p_std: NonNegativeFloat = 1.2
+    flip: bool
+    seed: NonNegativeInt
+
+
+@dataclass
+class TrainingState:
+    """What a run is between two steps. `curve` holds (steps done, mean loss since the point before)."""
+
+    net: UNet
+    ema: EMA[UNet]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+def start(net: UNet, ema_decay: float) -> TrainingState:
+    """The state before the first step; net is on its device already."""
+    net = net.to(memory_format=torch.channels_last)
+    return TrainingState(net, EMA(net, ema_decay), torch.optim.Adam(net.parameters(), fused=True))
+
+
+def train_generator(
+    state: TrainingState,
+    store: ImageStore,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    warmup_steps: int,
+    p_mean: float,
+    p_std: float,
+    flip: bool,
+    seed: int,
+    sigma_data: float,
+    progress: Progress | None = None,
+) -> None:
+    """Advance state in place to `steps` steps on the images of store: eq. 8 with ln sigma ~ N(p_mean, p_std^2).
+
+    What a step draws depends on (seed, step) alone, so a run that is continued repeats the one that was never stopped.
+
+    Raises:
+        InputError: the loss is no longer a finite number.
+    """
+    net, device = state.net, next(state.net.parameters()).device
+    every = math.ceil(steps / CURVE_POINTS)
+    losses: list[Tensor] = []
+    while state.step < steps:
+        rng = torch_stream(seed, state.step, "augmentation", device)
+        rows = numpy_stream(seed, state.step, "real_order").integers(len(store), size=batch_size)
+        clean = from_uint8(store.batch(rows), device)
+        labels = torch.from_numpy(store.labels[rows]).to(device)
+        if flip:
+            mirrored = torch.rand(batch_size, 1, 1, 1, generator=rng, device=device) < 0.5
+            clean = torch.where(mirrored, clean.flip(3), clean)
+        sigma = (p_mean + p_std * torch.randn(batch_size, generator=rng, device=device)).exp()
+        noise = torch.empty_like(clean).normal_(generator=rng)
+        loss = denoising_loss(net, clean, noise, sigma, labels, sigma_data, rng).mean()
+
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr * min((state.step + 1) / max(warmup_steps, 1), 1)
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        state.optimizer.step()
+        state.ema.update(net, state.step)
+        state.step += 1
+
+        losses.append(loss.detach())
+        if state.step % every == 0 or state.step == steps:
+            state.curve.append((state.step, mean_loss(losses, state.step, lr)))
+            losses = []
+            if progress is not None:
+                progress(state.step, steps, {"loss": state.curve[-1][1]})
+
+
+def from_uint8(images: Images, device: torch.device) -> Tensor:
+    """Images (B, H, W, C) uint8 -> (B, C, H, W) in [-1, 1], channels last in memory."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def mean_loss(losses: list[Tensor], step: int, lr: float) -> float:
+    """Mean of the losses () of the steps up to step; one look at the device for all of them.
+
+    Raises:
+        InputError: one of them is not finite.
+    """
+    values = torch.stack(losses).double()
+    finite = values.isfinite()
+    if not finite.all():
+        first = step - len(losses) + 1 + int((~finite).int().argmax())
+        raise InputError(
+            f"generator.training: the loss of step {first} is {values[~finite][0].item()}; "
+            f"lower generator.training.lr (now {lr:g}) or raise generator.training.warmup_steps"
+        )
+    return values.mean().item()
