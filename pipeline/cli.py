@@ -1,5 +1,6 @@
 """Commands around the pipeline. None of them is needed to run it, and changing them reruns nothing."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 from rich.console import Console
 
 from pipeline import project, recipes
+from pipeline.execution import parallel
 from pipeline.params import PARAMS_FILE, InputError
 
 app = typer.Typer(
@@ -72,3 +74,17 @@ def tidy() -> None:
         console.print(f"removed {path}")
     if not leftovers:
         console.print("nothing to remove")
+
+
+@app.command()
+def repro(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages, e.g. evaluate@puma-0 or train; none means all.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many stages run at a time.")] = os.cpu_count() or 1,
+    force: Annotated[bool, typer.Option("--force", help="Run stages even where nothing changed.")] = False,
+) -> None:
+    """Check params.yaml, then run what is out of date, independent stages side by side; else the same as `dvc repro`.
+
+    Example: python -m pipeline repro -j 2
+    """
+    check()
+    parallel.repro(targets or [], jobs, force=force)

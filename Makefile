@@ -1,0 +1,26 @@
+# The one door to the project: people and CI use the same targets.
+PYTHON ?= python3
+BIN := .venv/bin
+# uv is many times faster than pip; INSTALL=".venv/bin/pip install" uses pip and its configuration instead.
+INSTALL ?= $(BIN)/uv pip install --python $(BIN)/python
+JOBS ?= $(shell nproc)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup repro test lint check
+setup: .venv/done
+repro: setup
+	@python -m pipeline repro --jobs $(JOBS)
+test: setup
+	python -m pytest -n $(JOBS)
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy
+check: lint test
+
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt uv
+	$(INSTALL) --constraint constraints.txt --editable ".[dev]"
+	@touch $@

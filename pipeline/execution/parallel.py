@@ -1,0 +1,101 @@
+"""Independent stages side by side, which DVC alone cannot do: one `dvc repro --single-item` per ready stage."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from dvc.repo import Repo
+
+from pipeline.params import InputError
+
+Graph = dict[str, set[str]]  # stage -> the stages it needs
+
+# `-s` keeps two processes off each other's upstream stages, --wait-for-lock keeps both results (DVC #11054, #10465).
+DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+
+
+def stage_graph(targets: list[str]) -> Graph:
+    """The stages of dvc.yaml that targets need, themselves included, in the order of dvc.yaml; no targets means all.
+
+    Raises:
+        InputError: a target is no stage.
+    """
+    graph = Repo().index.graph
+    needs = {stage.addressing: {need.addressing for need in graph.successors(stage)} for stage in graph.nodes}
+    wanted, todo = set(), list(targets or needs)
+    while todo:
+        name = todo.pop()
+        family = [stage for stage in needs if stage == name or stage.startswith(f"{name}@")]
+        if not family:
+            raise InputError(f"wanted stages of dvc.yaml, got {name!r}; `dvc stage list` shows them")
+        todo += [need for stage in family for need in needs[stage] if need not in wanted]
+        wanted |= set(family)
+    return {stage: needs[stage] for stage in needs if stage in wanted}
+
+
+def repro(targets: list[str], jobs: int, *, force: bool = False) -> None:
+    """Bring targets up to date, at most jobs stages at a time; a failure lets the running stages finish, starts no new
+    ones and is raised at the end.
+
+    Raises:
+        InputError: a stage failed; what was finished is kept, the same command goes on there.
+    """
+    graph = stage_graph(targets)
+    runner = Runner(force)
+    waiting, done, failed = dict(graph), set[str](), list[str]()
+    running: dict[Future[int], str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while running or (waiting and not failed):
+                ready = [stage for stage in waiting if waiting[stage] <= done] if not failed else []
+                for stage in ready[: jobs - len(running)]:
+                    del waiting[stage]
+                    running[pool.submit(runner.run, stage)] = stage
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    stage = running.pop(future)
+                    (done.add if future.result() == 0 else failed.append)(stage)
+        except BaseException:
+            runner.stop()
+            raise
+    if failed:
+        raise InputError(f"{', '.join(failed)} failed (see above); finished stages are kept, run the same command again")
+
+
+class Runner:
+    """Runs stages in child processes and passes their output on, each line marked with its stage."""
+
+    def __init__(self, force: bool) -> None:
+        self.flags = ["--force"] if force else []
+        self.children: set[subprocess.Popen[str]] = set()
+        self.printing = threading.Lock()
+
+    def run(self, stage: str) -> int:
+        """Exit status of `dvc repro --single-item stage`."""
+        command = [*DVC, "repro", "--single-item", *self.flags, stage]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        )
+        self.children.add(child)
+        assert child.stdout is not None
+        for line in child.stdout:
+            if is_news(line):
+                with self.printing:
+                    print(f"[{stage}] {line.rstrip()}", flush=True)
+        self.children.discard(child)
+        return child.wait()
+
+    def stop(self) -> None:
+        """Interrupt all running stages, as Ctrl-C would."""
+        for child in list(self.children):
+            os.killpg(child.pid, signal.SIGINT)
+
+
+def is_news(line: str) -> bool:
+    """Whether a line of DVC's output says something that the user of the whole pipeline wants to read."""
+    noise = ("Running stage", "Updating lock file", "Generating lock file", "To track", "To enable", "Use `dvc push`", "> ")
+    return bool(line.strip()) and not line.startswith((*noise, "\tdvc config", "\tgit add", "Data and pipelines"))
