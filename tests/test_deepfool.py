@@ -1,0 +1,174 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog, minimize
+from torch import Tensor, nn
+
+from pipeline.deepfool import deepfool, step_in_box
+from pipeline.threat import BALLS, Ball
+from tests.conftest import untrained
+
+both = pytest.mark.parametrize("ball", BALLS.values(), ids=BALLS)
+
+
+class Affine(nn.Module):
+    """f(x) = W x + b on flattened images, in float64."""
+
+    def __init__(self, num_classes: int, dimension: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(num_classes, dimension, dtype=torch.float64, generator=generator))
+        self.bias = nn.Parameter(torch.randn(num_classes, dtype=torch.float64, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T + self.bias
+
+
+def exact_margin(model: Affine, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
+    """min over k != y of (f_y - f_k) / ||w_y - w_k||_dual."""
+    f = model(x).detach()
+    order = {"linf": 1, "l2": 2}[ball.name]
+    distances = []
+    for k in range(f.shape[1]):
+        difference = model.weight[y].detach() - model.weight[k].detach()
+        distance = (f.gather(1, y[:, None])[:, 0] - f[:, k]) / torch.linalg.vector_norm(difference, ord=order, dim=1)
+        distances.append(torch.where(y == k, torch.inf, distance))
+    return torch.stack(distances).amin(dim=0)
+
+
+@both
+@pytest.mark.parametrize("num_classes", [2, 3, 10, 100])
+def test_correct_samples_of_an_affine_classifier_have_the_exact_margin_after_one_iteration(
+    ball: Ball, num_classes: int
+) -> None:
+    model = Affine(num_classes, 48, seed=num_classes).eval()
+    x = torch.rand(64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(dim=1)
+    result = deepfool(model, x, y, ball=ball, box=False)
+    truth = exact_margin(model, x, y, ball)
+    torch.testing.assert_close(result.margin, truth, rtol=1e-9, atol=1e-9)
+    assert bool(result.converged.all())
+    assert result.iterations.unique().tolist() == [1]
+    assert torch.equal(result.nearest, model(result.x_adv).argmax(dim=1))
+    torch.testing.assert_close(ball.norm(result.x_adv - x), 1.02 * truth)
+
+
+@both
+def test_a_sample_across_one_boundary_has_minus_its_distance_to_it(ball: Ball) -> None:
+    model = Affine(2, 48, seed=2).eval()
+    x = torch.rand(64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wrong = 1 - model(x).argmax(dim=1)
+    result = deepfool(model, x, wrong, ball=ball, box=False)
+    torch.testing.assert_close(result.margin, exact_margin(model, x, wrong, ball), rtol=1e-9, atol=1e-9)
+    assert bool((result.margin < 0).all())
+    assert torch.equal(result.nearest, 1 - wrong)
+
+
+@both
+def test_the_way_back_past_many_boundaries_is_at_least_the_farthest_and_ends_in_the_class(ball: Ball) -> None:
+    model = Affine(10, 48, seed=3).eval()
+    x = torch.rand(64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wrong = model(x).argsort(dim=1)[:, 5]
+    result = deepfool(model, x, wrong, ball=ball, box=False, candidates=9)
+    assert bool(result.converged.all())
+    assert bool((result.margin <= exact_margin(model, x, wrong, ball) + 1e-9).all())
+    assert torch.equal(model(result.x_adv).argmax(dim=1), wrong)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), name=st.sampled_from(["linf", "l2"]), reach=st.floats(0.05, 0.95))
+def test_the_step_in_the_box_is_the_shortest_that_scipy_finds(seed: int, name: str, reach: float) -> None:
+    rng = np.random.default_rng(seed)
+    grad, z = rng.normal(size=6), rng.choice([0.0, 0.1, 0.5, 0.9, 1.0], size=6)
+    capacity = np.where(grad > 0, grad * z, -grad * (1 - z)).sum()
+    gap = reach * capacity  # reachable by lowering the function inside the box
+    if capacity < 1e-6:
+        return
+    tensors = [torch.tensor(value, dtype=torch.float64)[None] for value in (gap, grad, z)]
+    step = step_in_box(*tensors, BALLS["linf" if name == "linf" else "l2"])[0].numpy()
+    assert np.all((z + step >= -1e-12) & (z + step <= 1 + 1e-12))
+    np.testing.assert_allclose(grad @ step, -gap, atol=1e-9)
+    if name == "linf":
+        cost = np.r_[np.zeros(6), 1]
+        bounds = [(-v, 1 - v) for v in z] + [(0, None)]
+        above, below = np.c_[np.eye(6), -np.ones(6)], np.c_[-np.eye(6), -np.ones(6)]
+        best = linprog(cost, np.r_[above, below], np.zeros(12), np.r_[grad, 0][None], [-gap], bounds).fun
+        np.testing.assert_allclose(np.abs(step).max(), best, atol=1e-7)
+    else:
+        constraint = {"type": "eq", "fun": lambda r: grad @ r + gap, "jac": lambda _: grad}
+        bounds = [(-v, 1 - v) for v in z]
+        found = minimize(lambda r: r @ r, step * 0.9, jac=lambda r: 2 * r, bounds=bounds, constraints=constraint, tol=1e-14)
+        assert np.linalg.norm(step) <= np.linalg.norm(found.x) + 1e-6
+
+
+@both
+def test_images_at_the_edge_of_the_box_converge_and_stay_in_it(ball: Ball) -> None:
+    model = untrained()
+    x = (torch.rand(128, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    y = model(x).argmax(dim=1)
+    result = deepfool(model, x, y, ball=ball)
+    assert result.converged.float().mean() > 0.95
+    assert 0 <= result.x_adv.min()
+    assert result.x_adv.max() <= 1
+    crossed = model(result.x_adv).argmax(dim=1) != y
+    assert torch.equal(crossed, result.converged)
+
+
+@both
+def test_the_margin_of_a_smooth_model_is_near_the_best_of_many_radial_searches(ball: Ball) -> None:
+    model = untrained().double()
+    generator = torch.Generator().manual_seed(0)
+    x = 0.25 + 0.5 * torch.rand(16, 1, 8, 8, dtype=torch.float64, generator=generator)
+    y = model(x).argmax(dim=1)
+    result = deepfool(model, x, y, ball=ball)
+    for radius, inside in ((0.5, True), (1.05, False)):
+        moved = x + radius * (result.x_adv - x) / 1.02
+        assert bool((model(moved).argmax(dim=1) == y).all()) is inside
+
+
+def test_signs_follow_the_prediction_and_rows_do_not_depend_on_their_neighbours() -> None:
+    model = untrained().double()
+    x = torch.rand(32, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(32) % 10
+    whole = deepfool(model, x, y, ball=BALLS["l2"])
+    finite = whole.converged
+    assert torch.equal((whole.margin > 0)[finite], (whole.logits.argmax(dim=1) == y)[finite])
+    parts = [deepfool(model, x[i : i + 5], y[i : i + 5], ball=BALLS["l2"]).margin for i in range(0, 32, 5)]
+    torch.testing.assert_close(torch.cat(parts), whole.margin, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_a_sample_that_does_not_converge_has_no_number() -> None:
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([[1.0, 0.0]]).repeat(len(x), 1) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+    result = deepfool(Constant().eval(), torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64), ball=BALLS["l2"])
+    assert not result.converged.any()
+    assert bool(result.margin.isnan().all())
+    assert result.nearest.tolist() == [-1, -1, -1]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = untrained()
+    before = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    deepfool(model, torch.rand(4, 1, 8, 8), torch.arange(4), ball=BALLS["linf"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+def test_training_mode_and_broken_models_are_refused() -> None:
+    x, y = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="eval mode"):
+        deepfool(untrained().train(), x, y, ball=BALLS["l2"])
+    broken = untrained()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="finite logits"):
+        deepfool(broken, x, y, ball=BALLS["l2"])
