@@ -36,7 +36,8 @@ class SamplerParams(Section):
 class EdmSourceParams(Section):
     """How many images to draw from the generator of the `generator` stage, and how.
 
-    Rounding depends on how many images the network sees at once, so `batch_size` is part of the result: an image is given
+    How sums are rounded depends on how many images the network sees at once and on the number of CPU threads (measured: up
+    to 1e-5, which can move a rare pixel by one of its 256 values). So `batch_size` is part of the result: an image is given
     by (seed, row, batch_size), whatever the number of images or the shards they are made in.
     """
 
