@@ -31,7 +31,7 @@ MARGINS_SCHEMA = pa.schema(
         pa.field("entropy", pa.float32(), nullable=False),
         pa.field("logit_margin", pa.float32(), nullable=False),
         pa.field("el2n", pa.float32(), nullable=False),
-        pa.field("grand", pa.float32(), nullable=False),
+        pa.field("grand", pa.float32()),
     ]
 )
 MANIFEST_SCHEMA = pa.schema(

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.artifacts import MARGINS_SCHEMA, read_json, read_table
+from pipeline.deepfool import DeepFoolParams, deepfool
+from pipeline.images import ImageStore
+from pipeline.margins import MarginsSection, grand, scores, write_margins
+from pipeline.params import InputError
+from pipeline.threat import BALLS
+from tests.conftest import untrained
+
+CPU = torch.device("cpu")
+
+
+def settings(**fields: object) -> MarginsSection:
+    defaults = {"grand": True, "batch_size": 64, "shard_rows": 150, "max_not_converged": 1.0}
+    return MarginsSection.model_validate({"deepfool": DeepFoolParams(), **defaults, **fields})
+
+
+def write(path: Path, stores: dict[str, ImageStore], section: MarginsSection, model: torch.nn.Module | None = None) -> None:
+    path.mkdir()
+    write_margins(
+        path, model or untrained(), stores, ball=BALLS["linf"], settings=section, model_digest="abc", device=CPU,
+        progress=lambda done, total: None,
+    )  # fmt: skip
+
+
+def test_the_table_has_every_row_in_order_and_the_margins_of_deepfool(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
+    write(tmp_path / "margins", stores, settings())
+    table = read_table(tmp_path / "margins", MARGINS_SCHEMA)
+    assert len(sorted((tmp_path / "margins").glob("*.parquet"))) == 5  # 400 and 200 rows in parts of at most 150
+    assert table["source"].to_pylist() == ["real"] * 400 + ["synthetic"] * 200
+    assert table["row"].to_pylist() == [*range(400), *range(200)]
+    assert np.array_equal(table["label"].to_numpy()[:400], stores["real"].labels)
+    images = torch.from_numpy(stores["real"].batch(np.arange(64))).permute(0, 3, 1, 2) / 255
+    result = deepfool(untrained(), images, torch.from_numpy(np.array(stores["real"].labels[:64])), ball=BALLS["linf"])
+    torch.testing.assert_close(torch.tensor(table["margin"].to_numpy()[:64]), result.margin, equal_nan=True)
+    quality = read_json(tmp_path / "margins" / "quality.json")
+    assert quality["rows"] == 600
+    wrong = table["label"].to_numpy() != table["predicted"].to_numpy()
+    assert quality["by_source"]["synthetic"]["misclassified"] == wrong[400:].sum()
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, stores, settings(grand=False))
+    for part in (tmp_path / "a").iterdir():
+        assert part.read_bytes() == (tmp_path / "b" / part.name).read_bytes()
+    assert read_table(tmp_path / "a", MARGINS_SCHEMA)["grand"].null_count == 600
+
+
+def test_scores_equal_their_formulas_in_numpy() -> None:
+    logits = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(8) % 5
+    f = logits.numpy()
+    p = np.exp(f) / np.exp(f).sum(axis=1, keepdims=True)
+    one_hot, rows = np.eye(5)[y], np.arange(8)
+    found = scores(logits, y)
+    np.testing.assert_allclose(found["confidence"], p[rows, y])
+    np.testing.assert_allclose(found["entropy"], -(p * np.log(p)).sum(axis=1))
+    np.testing.assert_allclose(found["logit_margin"], f[rows, y] - np.where(one_hot == 1, -np.inf, f).max(axis=1))
+    np.testing.assert_allclose(found["el2n"], np.linalg.norm(p - one_hot, axis=1))
+
+
+def test_grand_is_the_norm_of_each_samples_own_gradient() -> None:
+    model = untrained()
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(5)
+    expected = []
+    for image, label in zip(x, y, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(image[None]), label[None])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        expected.append(torch.cat([g.flatten() for g in gradients]).norm())
+    torch.testing.assert_close(grand(model, x, y), torch.stack(expected))
+
+
+def test_too_many_rows_without_a_margin_fail_and_say_so(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
+    section = settings(deepfool=DeepFoolParams(max_iterations=1, candidates=1, first_candidates=1), max_not_converged=0.0)
+    with pytest.raises(InputError, match=r"at most 0.00% of the rows without a margin, got .*max_iterations"):
+        write(tmp_path / "margins", stores, section)
+
+
+def test_a_model_that_gives_nan_is_named_with_the_rows(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
+    broken = untrained()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(InputError, match="margins, real rows 0 to 63: wanted finite logits"):
+        write(tmp_path / "margins", stores, settings(), broken)
