@@ -1,0 +1,144 @@
+"""dvc.yaml held to the code, recipes held to the stages."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipeline import project, recipes
+from pipeline.dependencies import code_deps
+from pipeline.params import InputError, StageParams, read_yaml
+from tests.conftest import ROOT
+
+STAGES = list(read_yaml(ROOT / "dvc.yaml")["stages"])
+
+
+def body(stage: str) -> dict[str, list[str]]:
+    entry = read_yaml(ROOT / "dvc.yaml")["stages"][stage]
+    found: dict[str, list[str]] = entry.get("do", entry)
+    return found
+
+
+def test_there_is_one_module_per_stage_and_one_stage_per_module() -> None:
+    assert sorted(STAGES) == sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_exactly_the_params_it_is_handed(stage: str) -> None:
+    templated = {key.replace("${key}", "{strategy}") for key in body(stage)["params"]}
+    assert templated == set(project.params_class(stage).keys().values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_lists_exactly_the_modules_it_imports(stage: str) -> None:
+    listed = [dep for dep in body(stage)["deps"] if project.is_code(dep)]
+    assert listed == code_deps(stage, ROOT), "run `python -m pipeline deps --write`"
+
+
+def test_the_import_closure_sees_imports_inside_functions_and_leaves_execution_out(tmp_path: Path) -> None:
+    files = {
+        "stages/a.py": "from pipeline import b\nfrom pipeline.execution import run\n",
+        "pipeline/__init__.py": '"""Only words."""\n',
+        "pipeline/b.py": "def f():\n    from pipeline.c.d import g\n    return g\n",
+        "pipeline/c/__init__.py": "X = 1\n",
+        "pipeline/c/d.py": "import numpy\n\n\ndef g(): ...\n",
+        "pipeline/execution/__init__.py": "from pipeline.e import h\n",
+        "pipeline/e.py": "def h(): ...\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert code_deps("a", tmp_path) == ["pipeline/b.py", "pipeline/c/__init__.py", "pipeline/c/d.py", "stages/a.py"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_command_names_only_declared_paths_and_fits_the_main_of_the_stage(stage: str) -> None:
+    declared = body(stage)
+    command = shlex.split(str(declared["cmd"]))
+    assert command[:3] == ["python", "-m", f"stages.{stage}"]
+    paths = [word for word in command[3:] if word.startswith("data/")]
+    assert set(paths) == {path for path in [*declared["deps"], *declared["outs"]] if path.startswith("data/")}
+    module = inspect.getmodule(project.params_class(stage))
+    main = inspect.signature(module.main)  # type: ignore[union-attr]
+    assert len(main.parameters) == len(command) - 3
+    assert len(inspect.getsource(module.main).splitlines()) <= 30  # type: ignore[union-attr]
+
+
+def test_no_resource_is_a_param_of_a_stage_or_templated_into_a_command() -> None:
+    text = (ROOT / "dvc.yaml").read_text()
+    assert "execution" not in re.sub(r"#.*", "", text)
+    assert set(re.findall(r"\$\{([^}]*)\}", text)) == {"key", "item.strategy", "item.seed", "strategies", "seeds"}
+
+
+def test_stages_import_the_library_and_never_each_other_and_the_library_never_a_stage() -> None:
+    for path in [*(ROOT / "stages").glob("*.py"), *(ROOT / "pipeline").rglob("*.py")]:
+        imported = re.findall(r"^\s*(?:from|import) (stages\S*)", path.read_text(), re.MULTILINE)
+        assert not imported, f"{path} imports {imported}"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_is_valid_for_every_stage(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    project.check_params(recipes.parse(recipes.read(recipe, [])), recipe)
+
+
+def test_the_default_is_the_digits_recipe() -> None:
+    assert (ROOT / "params.yaml").read_text() == (ROOT / "recipes" / "digits.yaml").read_text()
+
+
+def test_all_strategies_of_the_readme_are_one_line_away() -> None:
+    lines = re.findall(r"^    (\w+): (\{.*\})$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    names = {name for name, _ in lines}
+    wanted = {"none", "random", "prune_easy", "prune_hard", "band", "puma", "adaptive_eps", "logit_margin", "entropy"}
+    assert wanted | {"confidence", "el2n", "grand", "top_confidence"} <= names
+    params = read_yaml(ROOT / "params.yaml")
+    params["strategies"] = {name: recipes.parse(line) for name, line in lines}
+    manifest = project.params_class("manifest")
+    assert issubclass(manifest, StageParams)
+    for name in names:
+        manifest.from_dict(params, "README", strategy=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.training.epochs=0", "train.training.epochs: Input should be greater than 0, got 0"),
+        ("train.training.epochs='9'", "train.training.epochs: Input should be a valid integer, got '9'"),
+        ("train.training.epoch=9", "train.training.epoch: no such parameter; remove it or correct its name"),
+        ("strategies.puma.keep=1.5", "strategies.puma.keep: Input should be less than or equal to 1, got 1.5"),
+        ("strategies.puma.score=margins", "strategies.puma.score: Input should be 'random', 'margin'"),
+        ("strategies.new={score: margin, keep: 0}", "strategies.new.keep: Input should be greater than 0, got 0"),
+        ("threat.norm=linfty", "threat.norm: Input should be 'linf' or 'l2', got 'linfty'"),
+        ("evaluate.attacks=[]", "a list of different attacks"),
+        ("execution.device=tpu", "execution.device: Input should be 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ("ingest.source.kind=zip", "ingest.source"),
+        ("seeds=[a]", "seeds"),
+        ("strategies=[]", "wanted a mapping of names to strategies, got []"),
+        ("trian={a: 1}", "no stage reads trian; known sections are evaluate, execution"),
+    ],
+)
+def test_a_wrong_key_type_or_range_is_named_before_anything_runs(
+    change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError) as error:
+        project.check_params(recipes.parse(recipes.read("digits", [change])), "params.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_keeps_its_comments_and_names_what_it_cannot_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    changed = recipes.read("digits", ["seeds=[0, 1, 2]", "strategies.puma.keep=0.5"])
+    assert "# Recipes for other data" in changed
+    assert recipes.parse(changed)["seeds"] == [0, 1, 2]
+    assert recipes.parse(changed)["strategies"]["puma"]["keep"] == 0.5
+    changes = [line for line in recipes.difference(recipes.read("digits", []), changed) if re.match(r"[+-][^+-]", line)]
+    assert len(changes) < 20
+    for wrong, message in [("seeds", "wanted KEY=VALUE"), ("nothing.at.all=1", "a KEY that the recipe has"), ("a=[", "YAML")]:
+        with pytest.raises(InputError, match=message):
+            recipes.read("digits", [wrong])
+    with pytest.raises(InputError, match="wanted one of the recipes cifar10-small, digits; got 'imagenet'"):
+        recipes.read("imagenet", [])

@@ -1,0 +1,200 @@
+"""DVC run for real on a tiny configuration: what reruns, what is restored, what is published."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import recipes
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.xdist_group("pipeline_runs")
+
+TINY = [
+    "seeds=[0]",
+    "strategies={none: {}, puma: {score: margin, keep: 0.7, eps: {rule: margin}}}",
+    "ingest.max_train=150",
+    "ingest.max_test=20",
+    "generator.training.steps=3",
+    "generator.network.channels=4",
+    "synthesize.source.num_images=40",
+    "synthesize.source.sampler.num_steps=2",
+    "margin_model.training.epochs=1",
+    "margin_model.training.holdout=20",
+    "train.training.epochs=1",
+    "train.training.holdout=20",
+    "margins.max_not_converged=1.0",
+    "evaluate.attacks=[apgd-ce]",
+    "perceptron={dimension: 8, eps: 0.5, fractions: [0.5], alphas: [1, 4], num_seeds: 2, num_examples: 1000, "
+    "weight_decay: 0.001, probe_angle_deg: 0.0, seed: 0}",
+    "report.contact_sheet_images=4",
+]
+
+
+def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def clone(target: Path) -> Path:
+    """A checkout of the working tree with the tiny configuration committed."""
+    target.mkdir()
+    for name in (
+        "dvc.yaml",
+        "pipeline",
+        "stages",
+        "recipes",
+        "data/.gitignore",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        ".dvcignore",
+    ):
+        source = ROOT / name
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / name)
+    (target / "params.yaml").write_text(recipes.read("digits", TINY))
+    assert shell("git init -q && git add -A && git -c user.name=t -c user.email=t@t commit -qm start", target).returncode == 0
+    return target
+
+
+def repro(project: Path, *flags: str) -> set[str]:
+    """The stages that `dvc repro` ran; its failure is the test's."""
+    result = shell(" ".join(["dvc repro", *flags]), project)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return set(re.findall(r"Running stage '(.+)'", result.stdout))
+
+
+def change(project: Path, *assignments: str) -> None:
+    content = recipes.read("digits", [*TINY, *assignments])
+    (project / "params.yaml").write_text(content)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that has run once, from nothing."""
+    project = clone(tmp_path_factory.mktemp("finished") / "project")
+    ran = repro(project)
+    assert ran == {
+        "ingest", "generator", "synthesize", "margin_model", "margins", "perceptron", "report",
+        *(f"manifest@{s}" for s in ("none", "puma")),
+        *(f"{stage}@{s}-0" for stage in ("train", "evaluate") for s in ("none", "puma")),
+    }  # fmt: skip
+    return project
+
+
+def test_a_second_run_a_comment_and_any_execution_key_rerun_nothing(finished: Path) -> None:
+    assert repro(finished) == set()
+    text = (finished / "params.yaml").read_text()
+    (finished / "params.yaml").write_text("# a comment\n" + text.replace("device: auto", "device: cpu"))
+    assert repro(finished) == set()
+    (finished / "execution.local.yaml").write_text("threads: 1\n")
+    assert repro(finished) == set()
+    (finished / "execution.local.yaml").unlink()
+    change(finished)
+
+
+def test_only_what_a_change_touches_reruns_and_going_back_is_free(finished: Path) -> None:
+    lock = (finished / "dvc.lock").read_text()
+    change(finished, "report.histogram_bins=10")
+    assert repro(finished) == {"report"}
+    change(finished, "strategies.puma.keep=0.6")
+    assert repro(finished) == {"manifest@puma", "train@puma-0", "evaluate@puma-0", "report"}
+    change(finished)
+    assert repro(finished) == set()
+    assert (finished / "dvc.lock").read_text() == lock
+
+
+def test_a_new_strategy_adds_only_its_own_stages_and_tidy_removes_what_it_leaves(finished: Path) -> None:
+    change(finished, "strategies.random={score: random, keep: 0.5}")
+    assert repro(finished) == {"manifest@random", "train@random-0", "evaluate@random-0", "report"}
+    change(finished)
+    tidied = shell("python -m pipeline tidy", finished)
+    assert "removed data/manifests/random" in tidied.stdout
+    assert sorted(path.name for path in (finished / "data/models").iterdir()) == ["none-0", "puma-0"]
+    assert repro(finished) == set()
+
+
+def test_the_table_is_printed_and_the_dvc_commands_show_something_useful(finished: Path) -> None:
+    table = shell("dvc repro -s -f report", finished).stdout
+    assert re.search(r"strategy +seed +kept +clean +robust", table)
+    assert re.search(r"puma +0 +70.0%", table)
+    assert "data/report/report.html" in table
+    assert "puma.robust" in shell("dvc metrics show", finished).stdout
+    assert shell("dvc dag", finished).stdout.count("train@puma-0") == 1
+    plots = shell("dvc plots show", finished)
+    assert plots.returncode == 0, plots.stderr
+    html = (finished / "dvc_plots" / "index.html").read_text()
+    assert all(title in html for title in ("Accuracy against robustness", "Margins of the training images"))
+    commit = shell("git add -A && git -c user.name=t -c user.email=t@t commit -qm result", finished)
+    assert commit.returncode == 0, commit.stderr
+    change(finished, "report.histogram_bins=20")
+    assert "report.histogram_bins" in shell("dvc params diff", finished).stdout
+    change(finished)
+    ran = shell("dvc exp run -n half -S strategies.puma.keep=0.5", finished)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    shown = shell("dvc exp show --csv", finished).stdout
+    assert "half" in shown
+    assert "strategies.puma.keep" in shown
+    assert "puma.robust" in shell("dvc metrics diff", finished).stdout
+
+
+def test_two_clones_give_the_same_bytes_and_so_do_stages_side_by_side(finished: Path, tmp_path: Path) -> None:
+    project = clone(tmp_path / "other")
+    result = shell("python -m pipeline repro -j 2", project)
+    assert result.returncode == 0, result.stdout + result.stderr
+    change(finished)
+    assert repro(finished) is not None
+    assert (project / "dvc.lock").read_text() == (finished / "dvc.lock").read_text()
+    assert repro(project) == set()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "stage", "message"),
+    [
+        ("train.training.lr=-1.0", "train", "train.training.lr: Input should be greater than 0, got -1"),
+        ("train.training.lr=1.0e+30", "train", "the loss is nan before step"),
+        ("train.model.architecture=resnet", "train", "wanted one of preactresnet, wideresnet"),
+        ("train.model.arguments.depth=3", "train", "unexpected keyword argument 'depth'"),
+        ("train.training.holdout=1000", "train", "wanted fewer than the 150 real training images, got 1000"),
+        ("strategies.puma.keep=0.001", "manifest", "keeps none of 190 rows; raise keep"),
+        ("evaluate.version=fast", "evaluate", "evaluate.version: Input should be 'standard' or 'custom', got 'fast'"),
+        ("generator={kind: none}", "synthesize", "generator"),
+        ("margin_model={kind: import, path: nowhere}", "margin_model", "nowhere/model.json"),
+    ],
+)
+def test_bad_input_ends_in_one_clear_line_and_publishes_nothing(
+    finished: Path, tmp_path: Path, assignment: str, stage: str, message: str
+) -> None:
+    project = tmp_path / "copy"
+    shutil.copytree(finished, project, symlinks=True, ignore=shutil.ignore_patterns("models", "evaluations", "report", "*.tmp"))
+    out = {"train": "models/puma-0", "manifest": "manifests/puma", "evaluate": "evaluations/puma-0"}.get(stage, stage)
+    out = {"synthesize": "synthetic"}.get(stage, out)
+    shutil.rmtree(project / "data" / out, ignore_errors=True)
+    if stage == "evaluate":
+        shutil.copytree(finished / "data/models", project / "data/models")
+    change(project, assignment)
+    if stage == "synthesize":
+        assert shell("python -m stages.generator data/real/train data/generator", project).returncode == 0
+    commands = {
+        "train": "data/real/train data/synthetic data/manifests/puma data/models/puma-0 0",
+        "manifest": "data/margins data/manifests/puma",
+        "evaluate": "data/real/test data/models/puma-0 data/evaluations/puma-0 puma 0",
+        "synthesize": "data/real/train data/generator data/synthetic",
+        "margin_model": "data/real/train data/synthetic data/margin_model",
+    }
+    result = shell(f"python -m stages.{stage} {commands[stage]}", project)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1, result.stderr
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (project / "data" / out).exists()
+    assert not list((project / "data").rglob(".*.tmp"))
