@@ -1,6 +1,7 @@
 """Small real data and models that several test modules share."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TINY = ModelParams(architecture="preactresnet", arguments={"blocks": [1], "width": 8, "stem_stride": 2})
 
 
-def digits(split: str, count: int) -> Chunk:
+def digits(split: Literal["train", "test"], count: int) -> Chunk:
     """The first images of a split of scikit-learn's digits, shuffled by a fixed seed."""
     images, labels = zip(*DigitsParams(kind="digits", test_fraction=0.2, seed=0).open().splits[split](), strict=True)
     order = np.random.default_rng(0).permutation(len(np.concatenate(labels)))[:count]

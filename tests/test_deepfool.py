@@ -88,21 +88,21 @@ def test_the_step_in_the_box_is_the_shortest_that_scipy_finds(seed: int, name: s
     gap = reach * capacity  # reachable by lowering the function inside the box
     if capacity < 1e-6:
         return
-    tensors = [torch.tensor(value, dtype=torch.float64)[None] for value in (gap, grad, z)]
-    step = step_in_box(*tensors, BALLS["linf" if name == "linf" else "l2"])[0].numpy()
+    gaps, grads, points = (torch.tensor(value, dtype=torch.float64)[None] for value in (gap, grad, z))
+    step = step_in_box(gaps, grads, points, BALLS["linf" if name == "linf" else "l2"])[0].numpy()
     assert np.all((z + step >= -1e-12) & (z + step <= 1 + 1e-12))
     np.testing.assert_allclose(grad @ step, -gap, atol=1e-9)
+    bounds = [(-v, 1 - v) for v in z]
     if name == "linf":
         cost = np.r_[np.zeros(6), 1]
-        bounds = [(-v, 1 - v) for v in z] + [(0, None)]
         above, below = np.c_[np.eye(6), -np.ones(6)], np.c_[-np.eye(6), -np.ones(6)]
-        best = linprog(cost, np.r_[above, below], np.zeros(12), np.r_[grad, 0][None], [-gap], bounds).fun
-        np.testing.assert_allclose(np.abs(step).max(), best, atol=1e-7)
+        best = linprog(cost, np.r_[above, below], np.zeros(12), np.r_[grad, 0][None], [-gap], [*bounds, (0, None)]).x
+        assert best is not None
+        np.testing.assert_allclose(np.abs(step).max(), best[-1], atol=1e-7)
     else:
         constraint = {"type": "eq", "fun": lambda r: grad @ r + gap, "jac": lambda _: grad}
-        bounds = [(-v, 1 - v) for v in z]
-        found = minimize(lambda r: r @ r, step * 0.9, jac=lambda r: 2 * r, bounds=bounds, constraints=constraint, tol=1e-14)
-        assert np.linalg.norm(step) <= np.linalg.norm(found.x) + 1e-6
+        squared = minimize(lambda r: r @ r, step * 0.9, jac=lambda r: 2 * r, bounds=bounds, constraints=constraint, tol=1e-14)  # type: ignore[call-overload]
+        assert np.linalg.norm(step) <= np.linalg.norm(squared.x) + 1e-6
 
 
 @both

@@ -95,20 +95,18 @@ def test_the_trades_loss_of_a_batch_of_radius_0_is_the_cross_entropy() -> None:
 
 
 def test_ema_equals_its_closed_form_and_keeps_statistics_of_its_own() -> None:
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    linear = nn.Linear(1, 1, bias=False)
+    model = nn.Sequential(linear, nn.BatchNorm1d(1))
     ema = EMA(model, decay=0.9)
-    with torch.no_grad():
-        model[0].weight.fill_(0.0)
-    start = ema.model[0].weight.item()
-    expected = start
+    expected = linear.weight.item()
     for step in range(30):
         with torch.no_grad():
-            model[0].weight.fill_(float(step))
+            linear.weight.fill_(float(step))
         model.train()(torch.full((4, 1), 3.0) + torch.arange(4)[:, None])
         ema.update(model, step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
-    assert ema.model[0].weight.item() == pytest.approx(expected, rel=1e-5)
+    assert ema.model.get_parameter("0.weight").item() == pytest.approx(expected, rel=1e-5)
     own, theirs = (m.get_buffer("1.running_mean") for m in (ema.model, model))
     assert own.data_ptr() != theirs.data_ptr()
     assert not torch.equal(own, theirs)
