@@ -11,7 +11,7 @@ setup: .venv/done
 repro: setup
 	@python -m pipeline repro --jobs $(JOBS)
 test: setup
-	python -m pytest -n $(JOBS)
+	python -m pytest -n $(JOBS) --dist loadgroup
 lint: setup
 	ruff check .
 	ruff format --check .

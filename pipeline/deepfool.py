@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from pipeline.losses import cw_margin
 from pipeline.params import Section
 from pipeline.threat import Ball, per_sample
 
@@ -13,21 +14,24 @@ NEWTON_STEPS = 8
 
 
 class DeepFoolParams(Section):
-    """`first_candidates` classes by logit are linearised at the first iteration (null: all), and the `candidates`
-    nearest of them afterwards. `box` keeps the perturbed images in [0, 1]."""
+    """`first_candidates` classes by logit are linearised at the first iteration (null: all), and `candidates` afterwards:
+    the nearest of them, or for a misclassified sample those of the highest logits. `box` keeps the perturbed images in [0, 1]. `refine_steps` forward passes bring the last
+    step, which the linear model makes too long or too short, back onto the boundary; 0 is plain DeepFool."""
 
     max_iterations: PositiveInt = 50
     overshoot: NonNegativeFloat = 0.02
     first_candidates: PositiveInt | None = None
     candidates: PositiveInt = 3
     box: bool = True
+    refine_steps: NonNegativeInt = 3
 
 
 @dataclass(frozen=True)
 class DeepFoolResult:
     """All of length B. `margin`: signed distance in the norm of the ball and the pixel range, negative where the model
     gets the label wrong, NaN where not converged. `nearest`: class across the boundary, -1 where not converged.
-    `logits` (B, K) of the unperturbed images; `x_adv` (B, C, H, W) just across the boundary where converged."""
+    `logits` (B, K) of the unperturbed images; `x_adv` (B, C, H, W) is across the boundary where converged: the first point
+    found there, farther out than the margin."""
 
     margin: Tensor
     nearest: Tensor
@@ -48,6 +52,7 @@ def deepfool(
     first_candidates: int | None = None,
     candidates: int = 3,
     box: bool = True,
+    refine_steps: int = 3,
 ) -> DeepFoolResult:
     """Untargeted from the label y (B,) of x (B, C, H, W) in [0, 1]. Each iteration linearises the model, takes the
     class k that minimises (f_y - f_k) / ||grad (f_y - f_k)||_dual and steps onto that hyperplane (eq. 8 to 11); a
@@ -55,9 +60,9 @@ def deepfool(
 
     The margin is the length of the accumulated steps; `overshoot` only decides whether they cross. For an affine model
     without a box it is the exact signed margin (for a misclassified sample when one hyperplane separates it from its
-    class, else an upper bound of the distance). Unlike the paper, which ignores the box, and its implementations, which
-    clip, the step inside the box is the shortest that reaches the hyperplane. The model is not changed and must be in
-    eval mode.
+    class, else an upper bound of the distance). Two departures from the paper: inside the box the step is the shortest
+    that reaches the hyperplane (implementations clip and fall short), and `refine_steps` look for the boundary on the
+    last segment. The model is not changed and must be in eval mode.
 
     Raises:
         ValueError: the model is in training mode, or its logits are not finite.
@@ -72,11 +77,14 @@ def deepfool(
     if not bool(torch.isfinite(logits_clean).all()):
         raise ValueError("wanted finite logits from the model, got NaN or infinity; its weights or the images are damaged")
     correct = logits_clean.argmax(dim=1) == y
+    gap_at = -cw_margin(logits_clean, y)  # f_y - max other f, at x_adv
+    before, gap_before = x.clone(), gap_at.clone()  # the last point on this side of the boundary
     active = torch.arange(len(x), device=x.device)
     classes = rank_by_logit(logits_clean, y, first_candidates)  # (A, C): candidates of each active row
 
     for _ in range(max_iterations):
         labels, start = y[active], x[active]
+        before[active], gap_before[active] = x_adv[active], gap_at[active]
         gap, grad, chosen, distances = nearest_hyperplane(model, x_adv[active], labels, classes, ball)
         position = start + delta[active]
         step = step_in_box(gap, grad, position, ball) if box else step_onto(gap, grad, ball)
@@ -87,20 +95,52 @@ def deepfool(
         iterations[active] += 1
 
         with torch.no_grad():
-            predicted = model(x_adv[active]).argmax(dim=1)
+            logits = model(x_adv[active])
+        predicted = logits.argmax(dim=1)
+        gap_at[active] = -cw_margin(logits, labels)
         was_correct = correct[active]
         crossed = (predicted == labels) ^ was_correct
         nearest[active[crossed]] = torch.where(was_correct, predicted, chosen)[crossed]
-        if classes.shape[1] > candidates:
-            classes = classes.gather(1, distances.topk(candidates, dim=1, largest=False).indices)
+        # A correct sample leaves through the nearest boundary; the way back must pass every class that is still ahead.
+        few = min(candidates, classes.shape[1])
+        nearest_few = classes.gather(1, distances.topk(few, dim=1, largest=False).indices)
+        classes = torch.where(was_correct[:, None], nearest_few, rank_by_logit(logits, labels, few))
         active, classes = active[~crossed], classes[~crossed]
         if len(active) == 0:
             break
 
     converged = nearest >= 0
+    if refine_steps:
+        last = (before[converged], gap_before[converged], x_adv[converged], gap_at[converged])
+        delta[converged] = find_boundary(model, *last, y[converged], refine_steps) - x[converged]
     sign = torch.where(correct, 1.0, -1.0).to(x.dtype)
     margin = torch.where(converged, sign * ball.norm(delta), torch.nan)
     return DeepFoolResult(margin, nearest, iterations, converged, logits_clean, x_adv)
+
+
+@torch.no_grad()
+def find_boundary(
+    model: nn.Module, here: Tensor, gap_here: Tensor, there: Tensor, gap_there: Tensor, y: Tensor, num_steps: int
+) -> Tensor:
+    """Where on the segments from here to there (B, ...) the gap f_y - max other f, of opposite signs (B,) at their ends,
+    is zero: the estimate (B, ...) after num_steps of the Illinois method."""
+    low, high = torch.zeros_like(gap_here), torch.ones_like(gap_here)
+    side = torch.zeros_like(gap_here)  # which end moved last: -1 the lower, 1 the upper
+
+    def root() -> Tensor:
+        share = gap_here / (gap_here - gap_there)
+        return low + (high - low) * torch.nan_to_num(share, nan=1.0).clamp(0, 1)
+
+    for _ in range(num_steps if len(y) else 0):
+        t = root()
+        point = here + per_sample(t, here) * (there - here)
+        gap = -cw_margin(model(point), y)
+        crossed = torch.sign(gap) == torch.sign(gap_there)
+        gap_here = torch.where(crossed, torch.where(side == 1, gap_here / 2, gap_here), gap)
+        gap_there = torch.where(crossed, gap, torch.where(side == -1, gap_there / 2, gap_there))
+        low, high = torch.where(crossed, low, t), torch.where(crossed, t, high)
+        side = torch.where(crossed, 1.0, -1.0).to(side.dtype)
+    return here + per_sample(root(), here) * (there - here)
 
 
 def rank_by_logit(logits: Tensor, y: Tensor, count: int | None) -> Tensor:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
-from pipeline.deepfool import deepfool, step_in_box
+from pipeline.deepfool import deepfool, find_boundary, step_in_box
+from pipeline.losses import cw_margin
 from pipeline.threat import BALLS, Ball
 from tests.conftest import untrained
 
@@ -54,7 +55,9 @@ def test_correct_samples_of_an_affine_classifier_have_the_exact_margin_after_one
     assert bool(result.converged.all())
     assert result.iterations.unique().tolist() == [1]
     assert torch.equal(result.nearest, model(result.x_adv).argmax(dim=1))
-    torch.testing.assert_close(ball.norm(result.x_adv - x), 1.02 * truth)
+    plain = deepfool(model, x, y, ball=ball, box=False, refine_steps=0)
+    torch.testing.assert_close(plain.margin, truth, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ball.norm(plain.x_adv - x), 1.02 * truth)
 
 
 @both
@@ -118,16 +121,27 @@ def test_images_at_the_edge_of_the_box_converge_and_stay_in_it(ball: Ball) -> No
     assert torch.equal(crossed, result.converged)
 
 
-@both
-def test_the_margin_of_a_smooth_model_is_near_the_best_of_many_radial_searches(ball: Ball) -> None:
+def test_refinement_finds_the_boundary_on_the_last_segment() -> None:
     model = untrained().double()
-    generator = torch.Generator().manual_seed(0)
-    x = 0.25 + 0.5 * torch.rand(16, 1, 8, 8, dtype=torch.float64, generator=generator)
+    x = torch.rand(64, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(dim=1)
+    crossed = deepfool(model, x, y, ball=BALLS["l2"], refine_steps=0)
+    apart = crossed.converged
+    here, there, labels = x[apart], crossed.x_adv[apart], y[apart]
+    gap_here, gap_there = (-cw_margin(model(z).detach(), labels) for z in (here, there))
+    boundary = find_boundary(model, here, gap_here, there, gap_there, labels, 12)
+    assert cw_margin(model(boundary), labels).abs().max() < 1e-6 * gap_here.abs().max()
+    share = (boundary - here).flatten(1).norm(dim=1) / (there - here).flatten(1).norm(dim=1)
+    assert bool(((share > 0) & (share < 1)).all())
+
+
+@both
+def test_refined_margins_are_never_longer_than_the_point_found_across(ball: Ball) -> None:
+    model = untrained()
+    x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = model(x).argmax(dim=1)
     result = deepfool(model, x, y, ball=ball)
-    for radius, inside in ((0.5, True), (1.05, False)):
-        moved = x + radius * (result.x_adv - x) / 1.02
-        assert bool((model(moved).argmax(dim=1) == y).all()) is inside
+    assert bool((result.margin <= ball.norm(result.x_adv - x) + 1e-6)[result.converged].all())
 
 
 def test_signs_follow_the_prediction_and_rows_do_not_depend_on_their_neighbours() -> None:
