@@ -15,8 +15,9 @@ NEWTON_STEPS = 8
 
 class DeepFoolParams(Section):
     """`first_candidates` classes by logit are linearised at the first iteration (null: all), and `candidates` afterwards:
-    the nearest of them, or for a misclassified sample those of the highest logits. `box` keeps the perturbed images in [0, 1]. `refine_steps` forward passes bring the last
-    step, which the linear model makes too long or too short, back onto the boundary; 0 is plain DeepFool."""
+    the nearest of them, or for a misclassified sample those of the highest logits. `box` keeps the perturbed images in
+    [0, 1]. `refine_steps` forward passes bring the last step, which the linear model makes too long, back onto the
+    boundary; 0 is plain DeepFool."""
 
     max_iterations: PositiveInt = 50
     overshoot: NonNegativeFloat = 0.02
