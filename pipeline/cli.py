@@ -67,8 +67,11 @@ def deps(write: Annotated[bool, typer.Option("--write", help="Correct dvc.yaml i
 
 @app.command()
 def tidy() -> None:
-    """Remove the artifacts of strategies and seeds that params.yaml no longer has (DVC's cache keeps them)."""
-    leftovers = project.leftovers(recipes.parse(recipes.text_of(PARAMS_FILE)), Path("data"))
+    """Remove the artifacts of strategies and seeds that params.yaml no longer has (DVC's cache keeps them), and the
+    unfinished ones of killed stages."""
+    params = recipes.parse(recipes.text_of(PARAMS_FILE))
+    project.check_params(params, str(PARAMS_FILE))
+    leftovers = project.leftovers(params, Path("data"))
     for path in leftovers:
         shutil.rmtree(path)
         console.print(f"removed {path}")

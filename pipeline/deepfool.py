@@ -59,7 +59,7 @@ def deepfool(
     class k that minimises (f_y - f_k) / ||grad (f_y - f_k)||_dual and steps onto that hyperplane (eq. 8 to 11); a
     misclassified sample takes the same step back, towards its class. Images leave the work as soon as they cross.
 
-    The margin is the length of the accumulated steps; `overshoot` only decides whether they cross. For an affine model
+    The margin ends on the boundary; the `overshoot` of each step only makes it cross. For an affine model
     without a box it is the exact signed margin (for a misclassified sample when one hyperplane separates it from its
     class, else an upper bound of the distance). Two departures from the paper: inside the box the step is the shortest
     that reaches the hyperplane (implementations clip and fall short), and `refine_steps` look for the boundary on the
@@ -87,12 +87,10 @@ def deepfool(
         labels, start = y[active], x[active]
         before[active], gap_before[active] = x_adv[active], gap_at[active]
         gap, grad, chosen, distances = nearest_hyperplane(model, x_adv[active], labels, classes, ball)
-        position = start + delta[active]
-        step = step_in_box(gap, grad, position, ball) if box else step_onto(gap, grad, ball)
-        delta[active] += step
-        x_adv[active] = start + (1 + overshoot) * delta[active]
-        if box:
-            x_adv[active] = x_adv[active].clamp(0, 1)
+        z, beyond = x_adv[active], (1 + overshoot) * gap
+        onto = step_in_box(gap, grad, z, ball) if box else step_onto(gap, grad, ball)
+        across = step_in_box(beyond, grad, z, ball) if box else step_onto(beyond, grad, ball)
+        delta[active], x_adv[active] = z + onto - start, z + across
         iterations[active] += 1
 
         with torch.no_grad():

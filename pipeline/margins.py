@@ -116,9 +116,11 @@ def grand(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         logits = torch.func.functional_call(model, (weights, buffers), (image[None],))
         return cross_entropy(logits, label[None])[0]
 
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), chunk_size=32)(weights, x, y)
-    squares = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients.values()])
-    return squares.sum(dim=0).sqrt()
+    def squared_norm(image: Tensor, label: Tensor) -> Tensor:
+        gradients = torch.func.grad(loss)(weights, image, label)
+        return torch.stack([g.square().sum() for g in gradients.values()]).sum()
+
+    return torch.func.vmap(squared_norm, chunk_size=32)(x, y).sqrt()
 
 
 def write_margins(

@@ -49,6 +49,13 @@ class StageParams(Section):
             raise InputError(f"{origin}: {explain(error, items)}") from None
 
 
+def distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Validator: no value twice."""
+    if len(set(values)) != len(values):
+        raise ValueError("wanted different values")
+    return values
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Parse a YAML 1.2 file as DVC does (ruamel: 3e-4 is a number) into a dict."""
     if not path.is_file():

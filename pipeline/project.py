@@ -1,6 +1,7 @@
 """The project as a whole: what dvc.yaml says about the stages, held against the code and params.yaml."""
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,28 @@ def check_params(params: dict[str, Any], origin: str) -> None:
     Raises:
         InputError: a section is wrong or missing, or the top level has a key that no stage reads.
     """
-    if "execution" in params:
-        ExecutionParams.from_dict(params, origin)
-    known = {"execution"}
     strategies = params.get("strategies")
     if not isinstance(strategies, dict) or not strategies:
         raise InputError(f"{origin}: strategies: wanted a mapping of names to strategies, got {strategies!r}")
+    if bad := [name for name in strategies if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name))]:
+        raise InputError(f"{origin}: strategies: wanted names of letters, digits, _ and - (they name folders), got {bad}")
+    wanted: list[tuple[type[StageParams], str]] = [(ExecutionParams, "")] if "execution" in params else []
+    known = {"execution"}
     for stage in stage_names():
-        wanted = params_class(stage)
-        keys = wanted.keys().values()
+        section = params_class(stage)
+        keys = section.keys().values()
         known |= {key.split(".")[0] for key in keys}
-        items = strategies if any("{strategy}" in key for key in keys) else [""]
-        for name in items:
-            wanted.from_dict(params, origin, strategy=name)
-    unknown = sorted(set(params) - known)
-    if unknown:
-        raise InputError(f"{origin}: no stage reads {', '.join(unknown)}; known sections are {', '.join(sorted(known))}")
+        wanted += [(section, name) for name in (strategies if any("{strategy}" in key for key in keys) else [""])]
+    problems: list[str] = []
+    for section, name in wanted:
+        try:
+            section.from_dict(params, origin, strategy=name)
+        except InputError as error:
+            problems += [text for text in str(error).removeprefix(f"{origin}: ").split("; ") if text not in problems]
+    if unknown := sorted(set(params) - known):
+        problems.append(f"no stage reads {', '.join(unknown)}, known sections are {', '.join(sorted(known))}")
+    if problems:
+        raise InputError(f"{origin}: {'; '.join(problems)}")
 
 
 def correct_code_deps(*, write: bool) -> list[str]:
@@ -79,10 +86,11 @@ def is_code(dep: str) -> bool:
 
 
 def leftovers(params: dict[str, Any], data: Path) -> list[Path]:
-    """Artifacts below data of strategies or seeds that params does not have."""
+    """Artifacts below data of strategies or seeds that params does not have, and what killed stages left unfinished."""
     strategies = list(params["strategies"])
     runs = {f"{strategy}-{seed}" for strategy in strategies for seed in params["seeds"]}
     stale = [path for path in data.glob("manifests/*") if path.name not in strategies]
     for folder in PER_RUN:
         stale += [path for path in data.glob(f"{folder}/*") if path.name not in runs]
-    return sorted(path for path in stale if path.is_dir() and not path.name.startswith("."))
+    finished = [path for path in stale if path.is_dir() and not path.name.startswith(".")]
+    return sorted([*finished, *data.rglob(".*.tmp")])

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from pipeline.artifacts import MANIFEST_SCHEMA, SOURCES
 from pipeline.params import InputError, Section
@@ -66,7 +66,7 @@ class Strategy(Section):
     applies_to: Literal["all", "synthetic"] = "all"
     misclassified: Literal["keep", "drop"] = "keep"
     not_converged: Literal["keep", "drop"] = "drop"
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
     @property
     def uses_margin(self) -> bool:
@@ -77,7 +77,8 @@ def prune(margins: pa.Table, strategy: Strategy, eps: float) -> tuple[pa.Table, 
     """Manifest (`MANIFEST_SCHEMA`, rows in the order of margins) and its summary. eps is the threat's, in pixel range.
 
     The kept count is round(keep * n) of the n rows the strategy applies to (per class: largest remainders), or fewer
-    when the rules for misclassified and not converged rows leave fewer.
+    when the rules for misclassified and not converged rows leave fewer; `not_converged: keep` keeps those rows even where
+    they are more.
 
     Raises:
         InputError: the score is not in the table, or nothing is kept.

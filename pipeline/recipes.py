@@ -1,5 +1,6 @@
 """Recipes: whole params.yaml files, chosen by name and changed key by key."""
 
+import copy
 import difflib
 import io
 from collections.abc import Iterator
@@ -63,7 +64,11 @@ def assign(content: Any, assignment: str) -> None:
         raise InputError(f"--set {assignment}: the value is not valid YAML") from None
     node = content
     for part in parents:
-        node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or not isinstance(node.get(part), dict):
+            raise InputError(f"--set {assignment}: wanted KEY=VALUE with a KEY that the recipe has")
+        node[part] = copy.deepcopy(node[part])  # an alias of another section must not change with it
+        node[part].yaml_set_anchor(None)
+        node = node[part]
     if not equals or not isinstance(node, dict):
         raise InputError(f"--set {assignment}: wanted KEY=VALUE with a KEY that the recipe has")
     node[last] = parsed

@@ -30,6 +30,7 @@ class TrainingParams(Section):
     """The recipe. `loss: standard` trains without attack; `epochs` count batches as the recipe does,
     ceil(real images / batch_size) each, whatever the amount of synthetic data; `budget: scaled` multiplies the steps by
     the share of rows kept. Half of nothing is nothing: `synthetic_fraction` only counts when both sources have rows.
+    One-cycle moves the learning rate and, as in the published code, the momentum (0.95 to 0.85 and back).
     `holdout` real images never enter training and select the best checkpoint every `select_every` epochs."""
 
     loss: Literal["standard", "pgd_at", "trades", "mart"]
@@ -43,7 +44,6 @@ class TrainingParams(Section):
     synthetic_fraction: float = Field(ge=0, le=1)
     lr: PositiveFloat
     warmup_fraction: float = Field(default=0.025, gt=0, lt=1)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 5e-4
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     augmentation: AugmentationParams
@@ -89,7 +89,10 @@ def train(
     steps_per_epoch = math.ceil((len(store) - params.holdout) / params.batch_size)
     steps = max(1, round(steps_per_epoch * params.epochs * (fraction_kept if params.budget == "scaled" else 1.0)))
     optimizer = make_optimizer(model, params)
-    schedule = OneCycleLR(optimizer, params.lr, total_steps=steps + 1, pct_start=params.warmup_fraction)
+    # A warm-up of exactly one step divides by zero in PyTorch.
+    one_step = math.isclose(params.warmup_fraction * (steps + 1), 1)
+    pct_start = params.warmup_fraction * (1.01 if one_step else 1)
+    schedule = OneCycleLR(optimizer, params.lr, total_steps=steps + 1, pct_start=pct_start)
 
     selector = Selector(store, held_out, params.selection_attack, ball, threat.eps, device)
     best = copy.deepcopy(ema.model)
@@ -110,7 +113,7 @@ def train(
         schedule.step()
         ema.update(model, step)
         running.append(loss.detach())
-        attacked += (batch.eps > 0).sum()
+        attacked += (batch.eps > 0).sum() if params.loss != "standard" else 0
 
         if (step + 1) % (steps_per_epoch * params.select_every) == 0 or step + 1 == steps:
             mean_loss = torch.stack(running).mean().item()
@@ -206,7 +209,7 @@ def make_optimizer(model: nn.Module, params: TrainingParams) -> torch.optim.SGD:
         {"params": decayed, "weight_decay": params.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=params.lr, momentum=params.momentum, nesterov=params.momentum > 0)
+    return torch.optim.SGD(groups, lr=params.lr, momentum=0.9, nesterov=True)
 
 
 class Selector:

@@ -1,9 +1,11 @@
 """Collect every stage's results in one report."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.params import StageParams
+from pydantic import AfterValidator, Field, NonNegativeInt
+
+from pipeline.params import StageParams, distinct
 from pipeline.reporting.report import Artifacts, ReportSection, write_report
 from pipeline.reporting.tables import print_headline
 from pipeline.stage import run
@@ -12,7 +14,7 @@ from pipeline.stage import run
 class ReportParams(StageParams):
     report: ReportSection
     strategies: dict[str, Any]
-    seeds: tuple[int, ...]
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(distinct)]
 
 
 def main(

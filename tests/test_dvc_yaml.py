@@ -116,7 +116,7 @@ def test_all_strategies_of_the_readme_are_one_line_away() -> None:
         ("ingest.source.kind=zip", "ingest.source"),
         ("seeds=[a]", "seeds"),
         ("strategies=[]", "wanted a mapping of names to strategies, got []"),
-        ("trian={a: 1}", "no stage reads trian; known sections are evaluate, execution"),
+        ("trian={a: 1}", "no stage reads trian, known sections are evaluate, execution"),
     ],
 )
 def test_a_wrong_key_type_or_range_is_named_before_anything_runs(

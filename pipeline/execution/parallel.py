@@ -45,6 +45,8 @@ def repro(targets: list[str], jobs: int, *, force: bool = False) -> None:
     """
     graph = stage_graph(targets)
     runner = Runner(force)
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.default_int_handler)  # end like Ctrl-C, so that no stage is orphaned
     waiting, done, failed = dict(graph), set[str](), list[str]()
     running: dict[Future[int], str] = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -71,28 +73,36 @@ class Runner:
     def __init__(self, force: bool) -> None:
         self.flags = ["--force"] if force else []
         self.children: set[subprocess.Popen[str]] = set()
-        self.printing = threading.Lock()
+        self.starting, self.printing = threading.Lock(), threading.Lock()
+        self.stopping = False
 
     def run(self, stage: str) -> int:
         """Exit status of `dvc repro --single-item stage`."""
         command = [*DVC, "repro", "--single-item", *self.flags, stage]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-        )
-        self.children.add(child)
+        with self.starting:
+            if self.stopping:
+                return 1
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+            )
+            self.children.add(child)
         assert child.stdout is not None
         for line in child.stdout:
             if is_news(line):
                 with self.printing:
                     print(f"[{stage}] {line.rstrip()}", flush=True)
-        self.children.discard(child)
-        return child.wait()
+        status = child.wait()
+        with self.starting:
+            self.children.discard(child)
+        return status
 
     def stop(self) -> None:
         """Interrupt all running stages, as Ctrl-C would."""
-        for child in list(self.children):
-            os.killpg(child.pid, signal.SIGINT)
+        with self.starting:
+            self.stopping = True
+            for child in self.children:
+                os.killpg(child.pid, signal.SIGINT)
 
 
 def is_news(line: str) -> bool:

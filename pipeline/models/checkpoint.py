@@ -34,10 +34,10 @@ def load_model(directory: Path, device: torch.device) -> tuple[Classifier, dict[
         params = ModelParams(architecture=description["architecture"], arguments=description["arguments"])
         net = build_network(params, tuple(description["shape"]), len(description["classes"]), seed=0)
         net.load_state_dict(load_file(weights))
-    except (KeyError, RuntimeError, SafetensorError, OSError) as error:
+        normalisation = description["normalisation"]
+        model = Classifier(net, normalisation["mean"], normalisation["std"]).to(device).eval()
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
         raise InputError(f"{directory}: wanted weights that fit model.json, but: {error}") from None
-    normalisation = description["normalisation"]
-    model = Classifier(net, normalisation["mean"], normalisation["std"]).to(device).eval()
     return model, {**description, "digest": digest_file(weights)}
 
 

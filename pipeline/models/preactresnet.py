@@ -61,9 +61,10 @@ def preactresnet(
 
     `stem_stride: 2` halves the resolution at once, for large images or a small machine."""
     blocks = [2, 2, 2, 2] if blocks is None else blocks
-    if not blocks or min(blocks) < 1 or width < 1 or stem_stride < 1:
+    counts = [*blocks, width, stem_stride] if isinstance(blocks, list) else [blocks]
+    if not blocks or not all(isinstance(count, int) and count >= 1 for count in counts) or not isinstance(blocks, list):
         raise InputError(
-            "preactresnet: wanted at least one block per stage, width >= 1 and stem_stride >= 1, "
+            "preactresnet: wanted at least one block per stage in a list, width and stem_stride integers >= 1, "
             f"got blocks {blocks}, width {width}, stem_stride {stem_stride}"
         )
     return PreActResNet(shape[2], num_classes, blocks, width, stem_stride)

@@ -73,6 +73,8 @@ class WideResNet(nn.Module):
 
 def wideresnet(shape: tuple[int, int, int], num_classes: int, *, depth: int = 28, width: int = 10) -> nn.Module:
     """WRN-depth-width, for images whose sides are multiples of 4."""
+    if not (isinstance(depth, int) and isinstance(width, int) and width >= 1):
+        raise InputError(f"wideresnet: wanted integers depth and width >= 1, got {depth!r} and {width!r}")
     if depth < 10 or (depth - 4) % 6:
         raise InputError(f"model.arguments.depth: wanted 6 n + 4 with n >= 1 (10, 16, 22, 28, ...), got {depth}")
     if shape[0] % 4 or shape[1] % 4:
