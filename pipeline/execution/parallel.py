@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 
 from dvc.repo import Repo
 
@@ -23,8 +24,9 @@ def stage_graph(targets: list[str]) -> Graph:
     Raises:
         InputError: a target is no stage.
     """
-    graph = Repo().index.graph
-    needs = {stage.addressing: {need.addressing for need in graph.successors(stage)} for stage in graph.nodes}
+    with closing(Repo()) as repo:
+        graph = repo.index.graph
+        needs = {stage.addressing: {need.addressing for need in graph.successors(stage)} for stage in graph.nodes}
     wanted, todo = set(), list(targets or needs)
     while todo:
         name = todo.pop()
@@ -88,10 +90,11 @@ class Runner:
             )
             self.children.add(child)
         assert child.stdout is not None
-        for line in child.stdout:
-            if is_news(line):
-                with self.printing:
-                    print(f"[{stage}] {line.rstrip()}", flush=True)
+        with child.stdout:
+            for line in child.stdout:
+                if is_news(line):
+                    with self.printing:
+                        print(f"[{stage}] {line.rstrip()}", flush=True)
         status = child.wait()
         with self.starting:
             self.children.discard(child)
