@@ -6,7 +6,7 @@ INSTALL ?= $(BIN)/uv pip install --python $(BIN)/python
 JOBS ?= $(shell nproc)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup repro test lint check
+.PHONY: setup repro test lint check bench
 setup: .venv/done
 repro: setup
 	@python -m pipeline repro --jobs $(JOBS)
@@ -17,6 +17,10 @@ lint: setup
 	ruff format --check .
 	mypy
 check: lint test
+# The peers, for the benchmarks alone; one of their dependencies builds with an old setuptools only.
+bench: repro
+	$(INSTALL) --constraint constraints.txt --build-constraint benchmarks/build-constraints.txt --editable ".[bench]"
+	python -W ignore benchmarks/deepfool.py
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'
