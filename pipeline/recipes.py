@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from pipeline.params import InputError, read_yaml
@@ -67,7 +68,8 @@ def assign(content: Any, assignment: str) -> None:
         if not isinstance(node, dict) or not isinstance(node.get(part), dict):
             raise InputError(f"--set {assignment}: wanted KEY=VALUE with a KEY that the recipe has")
         node[part] = copy.deepcopy(node[part])  # an alias of another section must not change with it
-        node[part].yaml_set_anchor(None)
+        if isinstance(node[part], CommentedMap):
+            node[part].yaml_set_anchor(None)
         node = node[part]
     if not equals or not isinstance(node, dict):
         raise InputError(f"--set {assignment}: wanted KEY=VALUE with a KEY that the recipe has")

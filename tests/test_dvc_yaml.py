@@ -142,3 +142,11 @@ def test_a_recipe_keeps_its_comments_and_names_what_it_cannot_set(monkeypatch: p
             recipes.read("digits", [wrong])
     with pytest.raises(InputError, match="wanted one of the recipes cifar10-small, digits; got 'imagenet'"):
         recipes.read("imagenet", [])
+
+
+def test_setting_one_section_leaves_the_section_it_shared_an_alias_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    changed = recipes.parse(recipes.read("digits", ["train.training.epochs=99", "strategies={a: {}}", "strategies.a.keep=0.5"]))
+    assert changed["train"]["training"]["epochs"] == 99
+    assert changed["margin_model"]["training"]["epochs"] != 99
+    assert changed["strategies"] == {"a": {"keep": 0.5}}
