@@ -1,26 +1,53 @@
 """The modules of the project that a stage imports, directly or not: what its deps in dvc.yaml must list."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from pipeline.params import PARAMS_FILE, read_yaml
+
+REGISTRY = "pipeline/models/registry.py"
 # Where a job runs is not a result, so the execution package is in no stage's deps.
 NOT_A_RESULT = "pipeline/execution/"
 
 
 def code_deps(stage: str, root: Path = Path()) -> list[str]:
     """Sorted paths, from root, of the files in the import closure of stages/<stage>.py; templates beside a module that
-    is a package count as part of it."""
-    entry = f"stages/{stage}.py"
+    is a package count as part of it. A stage that builds models also has the user's own modules that params.yaml names."""
+    seen = closure([f"stages/{stage}.py"], root)
+    if REGISTRY in seen:
+        file = root / PARAMS_FILE  # a job on a cluster has its params elsewhere
+        modules = own_modules_of(read_yaml(file)) if file.is_file() else []
+        seen |= closure([path for module in modules for path in files_of(module, root)], root)
+    templates = {t for path in seen for t in templates_of(root / path, root)}
+    return sorted(path for path in seen | templates if not is_documentation(root / path))
+
+
+def closure(entries: list[str], root: Path) -> set[str]:
     seen: set[str] = set()
-    todo = [entry]
+    todo = list(entries)
     while todo:
         path = todo.pop()
         if path in seen or path.startswith(NOT_A_RESULT):
             continue
         seen.add(path)
         todo += imports_of(root / path, root)
-    templates = {t for path in seen for t in templates_of(root / path, root)}
-    return sorted(path for path in seen | templates if not is_documentation(root / path))
+    return seen
+
+
+def own_modules_of(params: dict[str, Any]) -> list[str]:
+    """The modules of architectures such as mynets.cnn in params."""
+    return sorted({name.rpartition(".")[0] for name in architectures(params) if "." in name})
+
+
+def architectures(params: Any) -> Iterator[str]:
+    """Every value of a key `architecture`, at any depth."""
+    if isinstance(params, dict):
+        if isinstance(params.get("architecture"), str):
+            yield params["architecture"]
+        for value in params.values():
+            yield from architectures(value)
 
 
 def imports_of(path: Path, root: Path) -> list[str]:
@@ -34,8 +61,7 @@ def imports_of(path: Path, root: Path) -> list[str]:
         else:
             continue
         for name in names:
-            if name.split(".")[0] in ("pipeline", "stages"):
-                found += files_of(name, root)
+            found += files_of(name, root)
     return found
 
 

@@ -2,17 +2,20 @@
 
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from pipeline.dependencies import code_deps
+from pipeline.dependencies import code_deps, own_modules_of
 from pipeline.execution import ExecutionParams
 from pipeline.params import InputError, StageParams, read_yaml
 
 DVC_FILE = Path("dvc.yaml")
 PER_RUN = ("models", "evaluations")
+SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "svhn": (32, 32, 3)}
 
 
 def stage_names() -> list[str]:
@@ -32,10 +35,11 @@ def params_class(stage: str) -> type[StageParams]:
 
 
 def check_params(params: dict[str, Any], origin: str) -> None:
-    """Validate params as every stage will, every strategy included.
+    """Validate params as every stage will, every strategy included, and try whether the models can be built.
 
     Raises:
-        InputError: a section is wrong or missing, or the top level has a key that no stage reads.
+        InputError: a section is wrong or missing, the top level has a key that no stage reads, or a model has arguments that
+            its architecture refuses.
     """
     strategies = params.get("strategies")
     if not isinstance(strategies, dict) or not strategies:
@@ -50,15 +54,65 @@ def check_params(params: dict[str, Any], origin: str) -> None:
         known |= {key.split(".")[0] for key in keys}
         wanted += [(section, name) for name in (strategies if any("{strategy}" in key for key in keys) else [""])]
     problems: list[str] = []
+    sections: list[BaseModel] = []
     for section, name in wanted:
         try:
-            section.from_dict(params, origin, strategy=name)
+            sections.append(section.from_dict(params, origin, strategy=name))
         except InputError as error:
             problems += [text for text in str(error).removeprefix(f"{origin}: ").split("; ") if text not in problems]
     if unknown := sorted(set(params) - known):
         problems.append(f"no stage reads {', '.join(unknown)}, known sections are {', '.join(sorted(known))}")
+    problems += problems_of_models(sections, image_shape(params))
     if problems:
         raise InputError(f"{origin}: {'; '.join(problems)}")
+
+
+def problems_of_models(sections: Iterable[BaseModel], shape: tuple[int, int, int] | None) -> list[str]:
+    """What is wrong with the models that validated sections name, each model tried once."""
+    from pipeline.models import ModelParams
+    from pipeline.models.dry_run import check_model
+
+    found: dict[str, tuple[str, ModelParams]] = {}
+
+    def search(node: BaseModel, where: str) -> None:
+        for name, field in type(node).model_fields.items():
+            value, key = getattr(node, name), f"{where}{field.alias or name}"
+            if isinstance(value, ModelParams):
+                found.setdefault(value.model_dump_json(), (key, value))
+            elif isinstance(value, BaseModel):
+                search(value, f"{key}.")
+
+    for section in sections:
+        search(section, "")
+    problems = []
+    for where, model in found.values():
+        try:
+            check_model(model, shape)
+        except InputError as error:
+            problems.append(f"{where}: {error}")
+    return problems
+
+
+def image_shape(params: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Shape (H, W, C) of the images that ingest will write, where its source tells without being read."""
+    ingest = params.get("ingest")
+    source = ingest.get("source") if isinstance(ingest, dict) else None
+    if not isinstance(source, dict):
+        return None
+    size, channels = source.get("size"), source.get("channels", 3)
+    if isinstance(size, int) and isinstance(channels, int):
+        return size, size, channels
+    return SHAPES.get(str(source.get("kind")))
+
+
+def check_own_modules(params: dict[str, Any]) -> None:
+    """Raise an InputError where dvc.yaml does not have the user's own modules of architectures: editing these would rerun
+    nothing."""
+    listed = {dep for entry in read_yaml(DVC_FILE)["stages"].values() for dep in entry.get("do", entry).get("deps", [])}
+    for module in own_modules_of(params):
+        base = module.replace(".", "/")
+        if not {f"{base}.py", f"{base}/__init__.py"} & listed:
+            raise InputError(f"dvc.yaml does not list your module {module}; run `python -m pipeline deps --write`")
 
 
 def correct_code_deps(*, write: bool) -> list[str]:
@@ -82,7 +136,7 @@ def correct_code_deps(*, write: bool) -> list[str]:
 
 
 def is_code(dep: str) -> bool:
-    return dep.startswith(("pipeline/", "stages/"))
+    return dep.endswith((".py", ".j2"))
 
 
 def leftovers(params: dict[str, Any], data: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """Where work runs and how it is watched. Nothing here may change a result, so no stage lists it in its dependencies."""
 
-from pipeline.execution.progress import progress
-from pipeline.execution.settings import ExecutionParams, device
+from pipeline.execution.progress import Report, progress
+from pipeline.execution.settings import ExecutionParams, device, placement
+from pipeline.execution.stage_run import stage_run
+from pipeline.execution.worker import Task
 
-__all__ = ["ExecutionParams", "device", "progress"]
+__all__ = ["ExecutionParams", "Report", "Task", "device", "placement", "progress", "stage_run"]

@@ -6,50 +6,28 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
 
-from dvc.repo import Repo
-
+from pipeline.execution.plan import plan
 from pipeline.params import InputError
-
-Graph = dict[str, set[str]]  # stage -> the stages it needs
 
 # `-s` keeps two processes off each other's upstream stages, --wait-for-lock keeps both results (DVC #11054, #10465).
 DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 
 
-def stage_graph(targets: list[str]) -> Graph:
-    """The stages of dvc.yaml that targets need, themselves included, in the order of dvc.yaml; no targets means all.
-
-    Raises:
-        InputError: a target is no stage.
-    """
-    with closing(Repo()) as repo:
-        graph = repo.index.graph
-        needs = {stage.addressing: {need.addressing for need in graph.successors(stage)} for stage in graph.nodes}
-    wanted, todo = set(), list(targets or needs)
-    while todo:
-        name = todo.pop()
-        family = [stage for stage in needs if stage == name or stage.startswith(f"{name}@")]
-        if not family:
-            raise InputError(f"wanted stages of dvc.yaml, got {name!r}; `dvc stage list` shows them")
-        todo += [need for stage in family for need in needs[stage] if need not in wanted]
-        wanted |= set(family)
-    return {stage: needs[stage] for stage in needs if stage in wanted}
-
-
 def repro(targets: list[str], jobs: int, *, force: bool = False) -> None:
-    """Bring targets up to date, at most jobs stages at a time; a failure lets the running stages finish, starts no new
-    ones and is raised at the end.
+    """Bring targets up to date, at most jobs stages at a time; stages that are up to date already are not even started. A
+    failure lets the running stages finish, starts no new ones and is raised at the end.
 
     Raises:
         InputError: a stage failed; what was finished is kept, the same command goes on there.
     """
-    graph = stage_graph(targets)
+    graph, planned = plan(targets)
     runner = Runner(force)
     for kind in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, signal.default_int_handler)  # end like Ctrl-C, so that no stage is orphaned
-    waiting, done, failed = dict(graph), set[str](), list[str]()
+    todo = set(graph) if force else {stage.stage for stage in planned}
+    waiting = {stage: needs for stage, needs in graph.items() if stage in todo}
+    done, failed = set(graph) - todo, list[str]()
     running: dict[Future[int], str] = {}
     with ThreadPoolExecutor(jobs) as pool:
         try:

@@ -1,0 +1,95 @@
+"""Figures of a running task as it goes: a CSV in the run store, for `dvc plots show`, and TensorBoard where that is asked for.
+They hold how fast a machine was, so they are no part of an artifact."""
+
+import csv
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.execution.progress import Report
+from pipeline.params import InputError
+
+FLUSH_EVERY_S = 2.0
+
+
+@contextmanager
+def live_table(path: Path) -> Iterator[Report]:
+    """Yield a `Report` that appends rows to a CSV: images done, images per second since the row before, figures (those of the
+    first row name the columns; empty where a row lacks one). A task that goes on from a checkpoint continues the table there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table: LiveTable | None = None
+
+    def report(done: int, total: int, figures: dict[str, float] | None = None) -> None:  # noqa: ARG001
+        nonlocal table
+        if figures:
+            table = table or LiveTable(path, done, list(figures))
+            table.add(done, figures)
+
+    try:
+        yield report
+    finally:
+        if table:
+            table.file.close()
+
+
+class LiveTable:
+    def __init__(self, path: Path, done: int, names: list[str]) -> None:
+        """Continue the file at path with what comes after the first `done` images, or begin it."""
+        kept = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            kept = [row for row in rows if int(row["images"] or 0) < done]
+            names = [name for name in rows[0] if name not in ("images", "images_per_s")] if rows else names
+        self.names = names
+        work = path.with_name(f".{path.name}.tmp")
+        with work.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["images", "images_per_s", *names], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        work.replace(path)
+        self.file = path.open("a", newline="")
+        self.done, self.time, self.flushed = done, math.nan, 0.0
+
+    def add(self, done: int, figures: dict[str, float]) -> None:
+        now = time.monotonic()
+        speed = (done - self.done) / (now - self.time) if now > self.time else math.nan
+        values = [speed, *(figures.get(name, math.nan) for name in self.names)]
+        self.file.write(",".join([str(done), *("" if math.isnan(value) else f"{value:.6g}" for value in values)]) + "\n")
+        self.done, self.time = done, now
+        if now - self.flushed >= FLUSH_EVERY_S:
+            self.file.flush()
+            self.flushed = now
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Report]:
+    """Yield a `Report` that writes figures to a folder for TensorBoard, by images done.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            'execution.tensorboard: TensorBoard is not installed; install the extra ".[tensorboard]", or set it to null'
+        ) from None
+    writer: SummaryWriter | None = None
+
+    def report(done: int, total: int, figures: dict[str, float] | None = None) -> None:  # noqa: ARG001
+        nonlocal writer
+        if figures:
+            # What a killed task wrote after its checkpoint is dropped.
+            writer = writer or SummaryWriter(str(folder), purge_step=done)
+            for label, value in figures.items():
+                writer.add_scalar(label, value, done)
+
+    try:
+        yield report
+    finally:
+        if writer:
+            writer.close()

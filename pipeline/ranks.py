@@ -1,0 +1,82 @@
+"""Several processes training one model: who I am, whose part is mine, and sums over all. One process needs none of it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.params import InputError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def my_part(batch_size: int) -> NDArray[np.int64]:
+    """The places of the global batch that this rank computes: every world_size-th, as many on each rank.
+
+    Raises:
+        InputError: the ranks cannot have equally many.
+    """
+    if batch_size % world_size():
+        raise InputError(f"training.batch_size: wanted a multiple of the {world_size()} ranks, got {batch_size}")
+    return np.arange(rank(), batch_size, world_size())
+
+
+def any_rank(condition: bool, device: torch.device) -> bool:
+    """Whether condition holds on some rank; all ranks must ask."""
+    if world_size() == 1:
+        return condition
+    flag = torch.tensor(float(condition), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the ranks, in one message."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of value over the ranks."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over the ranks; its gradient is the sum of the gradients, as every rank uses the sum."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of x over the ranks, differentiable."""
+    return x if world_size() == 1 else SumOverRanks.apply(x)

@@ -1,0 +1,282 @@
+"""What goes wrong on a cluster, done to a real one: kills, cancellations, lost nodes, preemption, time limits, edits."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.projects import has_ended
+from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.conftest import Toy
+
+pytestmark = pytest.mark.xdist_group("slurm")
+MakeToy = Callable[[Cluster], Toy]
+
+
+def worker_pid(toy: Toy, task: str) -> int:
+    return int(json.loads((toy.run_folder / "work" / task / "owner.json").read_text())["pid"])
+
+
+def test_an_array_in_chunks_runs_a_bounded_number_of_tasks_at_a_time(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.set(tasks=10, steps=2, step_s=0.2, max_parallel=3)  # MaxArraySize is 8
+    child = toy.start()
+    most = 0
+    while child.poll() is None:
+        most = max(most, sum(state == "RUNNING" for state in plain.jobs().values()))
+        time.sleep(0.2)
+    toy.finish(child)
+    toy.check_result(tasks=10, steps=2)
+    assert most <= 3
+    assert sorted(task for _, task in toy.submissions()) == [f"{index:02d}" for index in range(10)]
+    assert len({job.split("_")[0] for job, _ in toy.submissions()}) == 2
+
+
+def test_killed_dvc_and_stage_re_attach_and_submit_nothing_twice(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.hold()
+    child = toy.start("exec dvc repro toy")
+    toy.until_steps(3)
+    stage = wait_pid("stages.toy")
+    child.kill()
+    child.wait()
+    wait_for(lambda: has_ended(stage), "the end of the stage whose dvc was killed")
+    child = toy.start()
+    toy.until_said(child, "re-attached to 3 jobs")
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    child = toy.start("exec dvc repro toy")
+    toy.until_said(child, "re-attached to 3 jobs")
+    toy.release()
+    toy.finish(child)
+    assert len(toy.submissions()) == 3
+    toy.check_result()
+    toy.check_each_step_once()
+
+
+def wait_pid(text: str) -> int:
+    """The process whose command line has text."""
+
+    def find() -> int | None:
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = entry.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if text.encode() in words:
+                return int(entry.parent.name)
+        return None
+
+    wait_for(find, text)
+    found = find()
+    assert found is not None
+    return found
+
+
+def test_only_a_killed_task_is_tried_again(either: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(either)
+    toy.hold()
+    child = toy.start()
+    toy.until_steps(9)
+    os.kill(worker_pid(toy, "01"), signal.SIGKILL)
+    toy.release()
+    output = toy.finish(child)
+    assert "died as" in output
+    assert sorted(task for _, task in toy.submissions()) == ["00", "01", "01", "02"]
+    toy.check_result()
+    toy.check_each_step_once()
+
+
+def test_a_cancelled_task_is_left_alone_until_the_next_command_and_the_others_are_kept(
+    either: Cluster, make_toy: MakeToy
+) -> None:
+    toy = make_toy(either)
+    toy.hold()
+    child = toy.start()
+    toy.until_steps(9)
+    (job,) = [job for job, task in toy.submissions() if task == "02"]
+    either.run("scancel", job)
+    wait_for(lambda: job not in either.jobs(), "the end of the cancelled job")
+    toy.release()
+    output = toy.finish(child, status=1)
+    assert "1 of 3 tasks failed, the others are kept" in output
+    assert "was cancelled" in output
+    assert not (toy.path / "out").exists()
+    toy.run()
+    assert sorted(task for _, task in toy.submissions()) == ["00", "01", "02", "02"]
+    toy.check_result()
+    toy.check_each_step_once()
+
+
+def test_a_wrong_task_is_named_and_not_tried_again(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.set(steps=2, fail=1)
+    output = toy.run(status=1)
+    assert "RuntimeError: this task is wrong" in output
+    assert len(toy.submissions()) == 3
+    assert "this task is wrong" in toy.run("python -m pipeline logs toy --task 01")
+    assert not (toy.path / "out").exists()
+
+
+def test_a_lost_node_leaves_one_writer_that_goes_on_from_the_checkpoint(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.set(tasks=1, steps=30)
+    toy.hold()
+    child = toy.start()
+    toy.until_steps(3)
+    old = worker_pid(toy, "00")
+    plain.kill_node("n1")
+    wait_for(lambda: "PENDING" in plain.jobs().values(), "the requeue")
+    toy.release()
+    plain.start_now()
+    wait_for(lambda: len({pid for *_, pid in toy.trace()}) > 1, "the restarted job")
+    plain.revive_node("n1")
+    toy.finish(child)
+    toy.check_result(tasks=1, steps=30)
+    pids = [pid for *_, pid in toy.trace()]
+    new = next(pid for pid in pids if pid != old)
+    assert old not in pids[pids.index(new) + 1 :], "the first process wrote after the second had taken over"
+    assert len(toy.submissions()) == 1
+    assert next(step for _, step, pid in toy.trace() if pid == new) > 1
+
+
+def test_ctrl_c_leaves_the_jobs_and_says_how_to_go_on(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.hold()
+    child = toy.start()
+    toy.until_steps(9)
+    child.send_signal(signal.SIGINT)
+    output = toy.finish(child, status=130)
+    assert "its jobs go on. Run the same command again to re-attach" in output
+    assert len(plain.jobs()) == 3
+    child = toy.start()
+    toy.until_said(child, "re-attached to 3 jobs")
+    toy.release()
+    toy.finish(child)
+    assert len(toy.submissions()) == 3
+    toy.check_result()
+
+
+def test_a_second_controller_waits_for_the_first(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    first = toy.start()
+    toy.until_steps(1)
+    second = toy.start()
+    toy.finish(first)
+    output = toy.finish(second)
+    assert "another process runs it; waiting" in output
+    toy.check_result()
+    assert len(toy.submissions()) in (3, 6)  # once, or once more after the first had published and let go
+    assert len(plain.jobs()) == 0
+
+
+def test_jobs_whose_submission_was_not_recorded_are_cancelled_and_submitted_again(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.hold()
+    child = toy.start()
+    toy.until_steps(9)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    unrecorded = set(plain.jobs())
+    (toy.run_folder / "jobs.jsonl").unlink()
+    child = toy.start()
+    toy.until_said(child, "cancelling 3 jobs whose submission was not recorded")
+    toy.release()
+    toy.finish(child)
+    assert not unrecorded & {job for job, _ in toy.submissions()}
+    toy.check_result()
+    toy.check_each_step_once()
+
+
+def test_preempted_jobs_go_on_from_their_checkpoints(either: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(either)
+    toy.set(tasks=2, partition="low")
+    toy.hold()
+    child = toy.start()
+    toy.until_steps(6)
+    before = {pid for *_, pid in toy.trace()}
+    either.run("sbatch", "-p", "high", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
+    wait_for(lambda: all(has_ended(pid) for pid in before), "the preemption")
+    toy.release()
+    toy.finish(child, timeout_s=180)
+    toy.check_result(tasks=2)
+    toy.check_each_step_once(tasks=2)
+    assert len(toy.submissions()) == 2  # SLURM put them back itself
+
+
+def test_jobs_that_reach_the_time_limit_go_on_from_their_checkpoints(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.set(tasks=1, steps=240, timeout_min=1)  # submitit's signal comes 90 s before the end: at once,
+    # that is when SLURM looks at the limits, every half minute
+    toy.run()
+    toy.check_result(tasks=1, steps=240)
+    toy.check_each_step_once(tasks=1, steps=240)
+    assert len({pid for *_, pid in toy.trace()}) > 1
+
+
+def test_an_edit_while_jobs_wait_changes_neither_their_code_nor_what_is_published(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    params, code = (toy.path / name for name in ("params.yaml", "stages/toy.py"))
+    before = params.read_text(), code.read_text()
+    plain.run("scontrol", "update", "NodeName=n1,n2", "State=DRAIN", "Reason=test")
+    try:
+        child = toy.start()
+        wait_for(lambda: len(plain.jobs()) == 3, "the jobs")
+        params.write_text(before[0].replace('"steps": 8', '"steps": 9'))
+        code.write_text(before[1].replace("{state['sum']}", "wrong"))
+    finally:
+        plain.run("scontrol", "update", "NodeName=n1,n2", "State=RESUME")
+    output = toy.finish(child, status=1)
+    assert "were edited while it ran; nothing is published" in output
+    assert not (toy.path / "out").exists()
+    params.write_text(before[0])
+    code.write_text(before[1])
+    steps = len(toy.trace())
+    toy.run()
+    toy.check_result()
+    assert len(toy.trace()) == steps, "the tasks were computed again"
+
+
+def test_without_waiting_the_stage_submits_and_asks_to_be_called_again(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.set(steps=2, wait=False)
+    output = toy.run(status=75)
+    assert "run the same command again to go on when the jobs have ended" in output
+    assert not (toy.path / "out").exists()
+    shown = json.loads(toy.run("python -m pipeline status --json"))
+    assert {task["stage"] for task in shown} == {"toy"}
+    assert all(task["state"].split()[0] in ("pending", "running", "completing", "done") for task in shown)
+    wait_for(lambda: not plain.jobs(), "the end of the jobs")
+    shutil.rmtree(toy.run_folder / "tasks/01")  # as if it had died
+    assert "run the same command again" in toy.run(status=75)
+    wait_for(lambda: not plain.jobs(), "the end of the second try")
+    toy.run()
+    toy.check_result(steps=2)
+    assert sorted(task for _, task in toy.submissions()) == ["00", "01", "01", "02"]
+
+
+def test_cancel_ends_the_jobs_of_a_stage_and_gc_frees_its_room(plain: Cluster, make_toy: MakeToy) -> None:
+    toy = make_toy(plain)
+    toy.hold()
+    child = toy.start()
+    toy.until_steps(9)
+    child.send_signal(signal.SIGTERM)
+    toy.finish(child, status=130)
+    assert "cancelled 3 jobs" in toy.run("python -m pipeline cancel toy")
+    wait_for(lambda: not plain.jobs(), "an empty queue")
+    freed = json.loads(toy.run("python -m pipeline gc --keep 0 --json"))
+    assert [run["stage"] for run in freed] == ["toy"]
+    assert freed[0]["bytes"] > 0
+    assert not list(toy.path.glob(".runs/toy/*"))
+
+
+def test_the_doctor_knows_the_cluster(full: Cluster, make_toy: MakeToy) -> None:
+    findings = json.loads(make_toy(full).run("python -m pipeline doctor --json"))
+    (slurm,) = [finding for finding in findings if finding["what"] == "SLURM"]
+    assert slurm["ok"]
+    assert "with accounting" in slurm["found"]

@@ -1,0 +1,108 @@
+"""Training and the generator killed at random points, as real processes: they end with the bytes of a run that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.artifacts import write_table
+from pipeline.checkpoints import Checkpoint
+from pipeline.images import ImageStore
+from pipeline.manifest import write_manifest
+from pipeline.pruning import Strategy
+from tests.conftest import ROOT, TINY, make_store
+from tests.test_pruning import margin_table
+
+TRAINING = {
+    "loss": "trades", "attack": {"num_steps": 2, "step_size_255": 8}, "epochs": 6, "batch_size": 32, "synthetic_fraction": 0.3,
+    "lr": 0.1, "augmentation": {"crop_padding": 1, "flip": True}, "holdout": 40, "select_every": 1,
+    "selection_attack": {"num_steps": 2, "step_size_255": 8},
+}  # fmt: skip
+PARAMS = {
+    "threat": {"norm": "linf", "eps_255": 24},
+    "generator": {
+        "kind": "edm",
+        "network": {"channels": 4, "multipliers": [1], "blocks": 1, "attention_resolutions": [], "dropout": 0.0},
+        "training": {"steps": 80, "batch_size": 16, "warmup_steps": 2, "ema_decay": 0.9, "flip": True, "seed": 0},
+    },
+    "train": {"model": TINY.model_dump(), "training": TRAINING},
+    "execution": {"backend": "local", "device": "cpu", "threads": 1, "checkpoint_s": 0},
+}
+COMMANDS = {
+    "generator": ["stages.generator", "real", "generator"],
+    "train": ["stages.train", "real", "synthetic", "manifest", "model", "0"],
+}
+
+
+def start(project: Path, stage: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": str(project)}
+    return subprocess.Popen([sys.executable, "-m", *COMMANDS[stage]], cwd=project, env=environment, stderr=subprocess.DEVNULL)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def kill_at_random(project: Path, stage: str, rng: random.Random) -> bool:
+    """Start the stage and SIGKILL it some time after its next checkpoint; False if it ended before."""
+    before = {path: path.stat().st_mtime_ns for path in project.glob(".runs/*/*/work/*/checkpoint.safetensors")}
+    child = start(project, stage)
+    while child.poll() is None:
+        found = {path: path.stat().st_mtime_ns for path in project.glob(".runs/*/*/work/*/checkpoint.safetensors")}
+        if found and found != before:
+            time.sleep(rng.random() * 0.4)
+            child.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    return child.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("stage", ["generator", "train"])
+def test_a_run_killed_at_random_points_ends_with_the_same_bytes(
+    tmp_path: Path, stores: dict[str, ImageStore], stage: str
+) -> None:
+    rng = random.Random(stage)
+    for name in ("killed", "whole"):
+        project = tmp_path / name
+        project.mkdir()
+        (project / "params.yaml").write_text(json.dumps(PARAMS))
+        for source, store in stores.items():
+            make_store(project / source, (store.batch(torch.arange(len(store)).numpy()), store.labels.copy()))
+        for folder in ("margins", "manifest"):
+            (project / folder).mkdir()
+        write_table(project / "margins/part-00000.parquet", margin_table(n=300))
+        write_manifest(project / "manifest", project / "margins", Strategy.model_validate({"eps": {"rule": "margin"}}), 0.1)
+    assert start(tmp_path / "whole", stage).wait() == 0
+    killed = sum(kill_at_random(tmp_path / "killed", stage, rng) for _ in range(2))
+    assert killed >= 1, "the run was too short to be killed"
+    assert start(tmp_path / "killed", stage).wait() == 0
+    out = COMMANDS[stage][-2 if stage == "train" else -1]
+    whole, again = (contents(tmp_path / name / out) for name in ("whole", "killed"))
+    assert whole == again
+    assert whole
+    assert not list((tmp_path / "killed").glob(".runs/*/*/work/*")), "checkpoints are freed when the result is published"
+
+
+def test_a_checkpoint_gives_back_what_was_saved_and_a_damaged_one_counts_as_none(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "state", every_s=1000)
+    assert checkpoint.load() is None
+    assert not checkpoint.due()
+    state: dict[str, Any] = {"a": torch.arange(3), "b": [1, None, "text", {"c": torch.zeros(2, 2)}], "d": 0.5, "e": True}
+    checkpoint.save(state)
+    found = checkpoint.load()
+    assert found is not None
+    assert torch.equal(found["a"], state["a"])
+    assert torch.equal(found["b"][3]["c"], torch.zeros(2, 2))
+    assert (found["b"][:3], found["d"], found["e"]) == ([1, None, "text"], 0.5, True)
+    checkpoint.save({"step": 3})
+    assert checkpoint.load() == {"step": 3}
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:20])
+    assert checkpoint.load() is None
