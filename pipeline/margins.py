@@ -1,61 +1,95 @@
 """The margin table: signed DeepFool margin and cheap difficulty scores of every image of a store."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.artifacts import MARGINS_SCHEMA, SOURCES, read_table, write_json, write_table
-from pipeline.batches import to_tensor
-from pipeline.deepfool import DeepFoolParams, deepfool
+from pipeline.artifacts import MARGINS_SCHEMA, SOURCES, place, read_table, write_table
+from pipeline.balls import Ball
+from pipeline.batches import stream
+from pipeline.deepfool import DeepFoolParams, DeepFoolResult, deepfool
 from pipeline.images import ImageStore
 from pipeline.losses import cross_entropy, cw_margin
+from pipeline.models.inference import inference_copy
 from pipeline.params import InputError, Section
-from pipeline.threat import Ball
+from pipeline.tight import TightParams, tight
 
 Progress = Callable[[int, int], None]  # done, total
+COUNTS = ("rows", "not_converged", "misclassified")
+
+
+class QualityParams(Section):
+    """`sample_rows` of all rows, drawn from `seed`, are measured again for quality.json; 0: none."""
+
+    sample_rows: NonNegativeInt = 128
+    seed: NonNegativeInt = 0
 
 
 class MarginsSection(Section):
-    """`grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The stage fails when
-    more than the share `max_not_converged` of the rows has no margin."""
+    """`estimator`: DeepFool as in the paper, or `tight`, which goes on from it and is several times slower. `bf16` takes
+    gradients in bfloat16. `grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The
+    stage fails when more than the share `max_not_converged` of the rows has no margin."""
 
+    estimator: Literal["deepfool", "tight"] = "deepfool"
     deepfool: DeepFoolParams
+    tight: TightParams = TightParams()
+    bf16: bool = False
     grand: bool
     batch_size: PositiveInt
     shard_rows: PositiveInt
     max_not_converged: float = Field(ge=0, le=1)
+    quality: QualityParams = QualityParams()
 
 
-def margin_tables(
+def shards(stores: dict[str, ImageStore], shard_rows: int) -> dict[str, dict[str, Any]]:
+    """Name -> source, start and stop of each piece of at most shard_rows rows that is measured at a time; sources in the
+    order of `SOURCES`, rows in that of their store."""
+    return {
+        f"{source}-{start // shard_rows:05d}": {"source": source, "start": start, "stop": min(start + shard_rows, len(store))}
+        for source, store in ((source, stores[source]) for source in SOURCES)
+        for start in range(0, len(store), shard_rows)
+    }
+
+
+def write_shard(
+    path: Path,
     model: nn.Module,
-    stores: dict[str, ImageStore],
+    store: ImageStore,
     *,
+    source: str,
+    start: int,
+    stop: int,
     ball: Ball,
     settings: MarginsSection,
+    model_digest: str,
     device: torch.device,
     progress: Progress,
-) -> Iterator[pa.Table]:
-    """One table of at most shard_rows rows at a time, sources in the order of `SOURCES`, rows in that of their store."""
-    total = sum(len(store) for store in stores.values())
-    done = 0
-    for source in SOURCES:
-        store = stores[source]
-        for start in range(0, len(store), settings.shard_rows):
-            batches = []
-            stop = min(start + settings.shard_rows, len(store))
-            for rows, images, labels in store.chunks(settings.batch_size, start, stop):
-                x, y = to_tensor(images, device), torch.from_numpy(labels).to(device)
-                batches.append(measure(model, x, y, rows, source, ball, settings))
-                done += len(rows)
-                progress(done, total)
-            yield pa.Table.from_batches(batches, schema=MARGINS_SCHEMA)
+) -> None:
+    """Measure the rows [start, stop) of a store into one Parquet file.
+
+    Raises:
+        InputError: the model gives no finite logits.
+    """
+    metadata = {
+        "norm": ball.name,
+        "deepfool": json.dumps(settings.deepfool.model_dump(), sort_keys=True),
+        "margin_model": model_digest,
+    }
+    batches = []
+    for rows, x, y in stream(store, settings.batch_size, start, stop, device):
+        batches.append(measure(model, x, y, rows, source, ball, settings))
+        progress(int(rows[-1]) + 1 - start, stop - start)
+    write_table(path, pa.Table.from_batches(batches, schema=MARGINS_SCHEMA), metadata)
 
 
 def measure(
@@ -63,7 +97,7 @@ def measure(
 ) -> pa.RecordBatch:
     """All columns of the margin table for images x (B, C, H, W) in [0, 1] with labels y (B,)."""
     try:
-        result = deepfool(model, x, y, ball=ball, **settings.deepfool.model_dump())
+        result = estimate(model, x, y, ball, settings)
     except ValueError as error:
         raise InputError(f"margins, {source} rows {rows[0]} to {rows[-1]}: {error}") from None
     columns: dict[str, Tensor | np.ndarray] = {
@@ -84,6 +118,21 @@ def measure(
     else:
         arrays["grand"] = pa.nulls(len(rows), pa.float32())
     return pa.RecordBatch.from_arrays([arrays[name] for name in MARGINS_SCHEMA.names], schema=MARGINS_SCHEMA)
+
+
+def estimate(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, settings: MarginsSection) -> DeepFoolResult:
+    """Signed margins by the estimator of the settings, computed on a fast copy of the model."""
+    fast = fast_copy(model, settings.bf16)
+    common = settings.deepfool.model_dump()
+    if settings.estimator == "tight":
+        return tight(fast, x, y, ball=ball, **settings.tight.model_dump(), **common)
+    return deepfool(fast, x, y, ball=ball, **common)
+
+
+@lru_cache(maxsize=1)
+def fast_copy(model: nn.Module, bf16: bool) -> nn.Module:
+    """As `inference_copy`; kept for the next batch, so the weights of the model must not change in between."""
+    return inference_copy(model, bf16=bf16)
 
 
 def as_arrow(name: str, values: Tensor | np.ndarray, mask: np.ndarray | None = None) -> pa.Array:
@@ -120,58 +169,36 @@ def grand(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         gradients = torch.func.grad(loss)(weights, image, label)
         return torch.stack([g.square().sum() for g in gradients.values()]).sum()
 
-    return torch.func.vmap(squared_norm, chunk_size=32)(x, y).sqrt()
+    with sdpa_kernel(SDPBackend.MATH):  # vmap would take a transformer's fused attention apart, image by image
+        return torch.func.vmap(squared_norm, chunk_size=32)(x, y).sqrt()
 
 
-def write_margins(
-    directory: Path,
-    model: nn.Module,
-    stores: dict[str, ImageStore],
-    *,
-    ball: Ball,
-    settings: MarginsSection,
-    model_digest: str,
-    device: torch.device,
-    progress: Progress,
-) -> None:
-    """Write part-00000.parquet and following, and quality.json.
-
-    Raises:
-        InputError: more rows than `max_not_converged` allows have no margin, or the model gives no finite logits.
-    """
-    metadata = {
-        "norm": ball.name,
-        "deepfool": json.dumps(settings.deepfool.model_dump(), sort_keys=True),
-        "margin_model": model_digest,
-    }
-    tables = margin_tables(model, stores, ball=ball, settings=settings, device=device, progress=progress)
-    for index, table in enumerate(tables):
-        write_table(directory / f"part-{index:05d}.parquet", table, metadata)
-    found = quality(directory)
-    if found["not_converged"] > settings.max_not_converged:
-        raise InputError(
-            f"margins: wanted at most {settings.max_not_converged:.2%} of the rows without a margin, got "
-            f"{found['not_converged']:.2%}; raise margins.deepfool.max_iterations or margins.max_not_converged"
-        )
-    write_json(directory / "quality.json", found)
+def place_parts(directory: Path, parts: list[Path]) -> None:
+    """Make parts, Parquet files in the order of `shards`, those of the artifact: part-00000.parquet and following."""
+    for index, part in enumerate(parts):
+        place(part, directory / f"part-{index:05d}.parquet")
 
 
 def quality(directory: Path) -> dict[str, Any]:
-    """Share of rows without a margin, mean iterations, and counts by source, from the written parts."""
+    """Share of rows without a margin, mean iterations, and counts by source and by its classes, from the written parts;
+    one part is in memory at a time."""
     columns = ["source", "label", "predicted", "iterations", "converged"]
-    frame = read_table(directory, MARGINS_SCHEMA, columns).to_pandas()
-    frame["misclassified"] = frame["label"] != frame["predicted"]
-    by_source = {
-        name: {
-            "rows": len(group),
-            "not_converged": int((~group["converged"]).sum()),
-            "misclassified": int(group["misclassified"].sum()),
-        }
-        for name, group in frame.groupby("source", observed=True)
-    }
+    counts = []
+    for part in sorted(directory.glob("*.parquet")):
+        frame = read_table(part, MARGINS_SCHEMA, columns).to_pandas()
+        frame["rows"] = 1
+        frame["not_converged"] = ~frame["converged"]
+        frame["misclassified"] = frame["label"] != frame["predicted"]
+        counts.append(frame.groupby(["source", "label"], observed=True)[[*COUNTS, "iterations"]].sum())
+    total = pd.concat(counts).groupby(level=["source", "label"], observed=True).sum().astype(int)
+    by_source = total.groupby(level="source", observed=True)
     return {
-        "rows": len(frame),
-        "not_converged": float((~frame["converged"]).mean()),
-        "mean_iterations": float(frame["iterations"].mean()),
-        "by_source": by_source,
+        "rows": int(total["rows"].sum()),
+        "not_converged": float(total["not_converged"].sum() / total["rows"].sum()),
+        "mean_iterations": float(total["iterations"].sum() / total["rows"].sum()),
+        "by_source": by_source[list(COUNTS)].sum().to_dict("index"),
+        "by_class": {
+            source: {str(label): row for label, row in group.droplevel("source")[list(COUNTS)].to_dict("index").items()}
+            for source, group in by_source
+        },
     }

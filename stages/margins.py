@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
-from pipeline.artifacts import publish
-from pipeline.execution import device, progress
+from pipeline.artifacts import place_all
+from pipeline.balls import BALLS
+from pipeline.execution import Task, device, stage_run
 from pipeline.images import ImageStore
-from pipeline.margins import MarginsSection, write_margins
+from pipeline.margin_quality import write_quality
+from pipeline.margins import MarginsSection, place_parts, shards, write_shard
 from pipeline.models.checkpoint import load_model
 from pipeline.params import StageParams
 from pipeline.stage import run
-from pipeline.threat import BALLS, ThreatParams
+from pipeline.threat import ThreatParams
+
+PART = "part.parquet"
 
 
 class MarginsParams(StageParams):
@@ -17,15 +21,35 @@ class MarginsParams(StageParams):
     margins: MarginsSection
 
 
+def measure(task: Task, train_path: Path, synthetic_path: Path, model_path: Path, source: str, start: int, stop: int) -> None:
+    """The margins of one shard."""
+    params = MarginsParams.model_validate_json(task.params)
+    store = ImageStore.open({"real": train_path, "synthetic": synthetic_path}[source])
+    model, description = load_model(model_path / "best", device())
+    write_shard(
+        task.output / PART, model, store, source=source, start=start, stop=stop, ball=BALLS[params.threat.norm],
+        settings=params.margins, model_digest=description["digest"], device=device(), progress=task.report,
+    )  # fmt: skip
+
+
+def judge(task: Task, train_path: Path, synthetic_path: Path, model_path: Path, parts: list[str]) -> None:
+    """All shards together, and how good they are."""
+    params = MarginsParams.model_validate_json(task.params)
+    stores = {"real": ImageStore.open(train_path), "synthetic": ImageStore.open(synthetic_path)}
+    model, _ = load_model(model_path / "best", device())
+    place_parts(task.output, [Path(part) for part in parts])
+    ball = BALLS[params.threat.norm]
+    write_quality(task.output, model, stores, ball=ball, settings=params.margins, device=device())
+
+
 def main(train_path: Path, synthetic_path: Path, model_path: Path, margins_path: Path) -> None:
     params = MarginsParams.load()
     stores = {"real": ImageStore.open(train_path), "synthetic": ImageStore.open(synthetic_path)}
-    model, description = load_model(model_path / "best", device())
-    with publish(margins_path) as work, progress("margins") as report:
-        write_margins(
-            work, model, stores, ball=BALLS[params.threat.norm], settings=params.margins,
-            model_digest=description["digest"], device=device(), progress=report,
-        )  # fmt: skip
+    with stage_run("margins", params, [train_path, synthetic_path, model_path], margins_path) as this:
+        parts = this.run(measure, shards(stores, params.margins.shard_rows))
+        (judged,) = this.run(judge, {"quality": {"parts": [str(part / PART) for part in parts]}})
+        with this.publish() as work:
+            place_all(judged, work)
 
 
 if __name__ == "__main__":

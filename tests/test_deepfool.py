@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
-from pipeline.deepfool import deepfool, find_boundary, step_in_box
-from pipeline.losses import cw_margin
-from pipeline.threat import BALLS, Ball
+from pipeline.balls import BALLS, Ball
+from pipeline.deepfool import deepfool
+from pipeline.hyperplanes import class_scale, rank_classes, step_in_box
+from pipeline.models.inference import inference_copy
 from tests.conftest import untrained
 
 both = pytest.mark.parametrize("ball", BALLS.values(), ids=BALLS)
@@ -49,13 +50,13 @@ def test_correct_samples_of_an_affine_classifier_have_the_exact_margin_after_one
     model = Affine(num_classes, 48, seed=num_classes).eval()
     x = torch.rand(64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     y = model(x).argmax(dim=1)
-    result = deepfool(model, x, y, ball=ball, box=False)
+    result = deepfool(model, x, y, ball=ball, box=False, first_candidates=None)
     truth = exact_margin(model, x, y, ball)
     torch.testing.assert_close(result.margin, truth, rtol=1e-9, atol=1e-9)
     assert bool(result.converged.all())
     assert result.iterations.unique().tolist() == [1]
     assert torch.equal(result.nearest, model(result.x_adv).argmax(dim=1))
-    plain = deepfool(model, x, y, ball=ball, box=False, refine_steps=0)
+    plain = deepfool(model, x, y, ball=ball, box=False, first_candidates=None, refine_steps=None)
     torch.testing.assert_close(plain.margin, truth, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ball.norm(plain.x_adv - x), 1.02 * truth)
 
@@ -121,20 +122,6 @@ def test_images_at_the_edge_of_the_box_converge_and_stay_in_it(ball: Ball) -> No
     assert torch.equal(crossed, result.converged)
 
 
-def test_refinement_finds_the_boundary_on_the_last_segment() -> None:
-    model = untrained().double()
-    x = torch.rand(64, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = model(x).argmax(dim=1)
-    crossed = deepfool(model, x, y, ball=BALLS["l2"], refine_steps=0)
-    apart = crossed.converged
-    here, there, labels = x[apart], crossed.x_adv[apart], y[apart]
-    gap_here, gap_there = (-cw_margin(model(z).detach(), labels) for z in (here, there))
-    boundary = find_boundary(model, here, gap_here, there, gap_there, labels, 12)
-    assert cw_margin(model(boundary), labels).abs().max() < 1e-6 * gap_here.abs().max()
-    share = (boundary - here).flatten(1).norm(dim=1) / (there - here).flatten(1).norm(dim=1)
-    assert bool(((share > 0) & (share < 1)).all())
-
-
 @both
 def test_refined_margins_are_never_longer_than_the_point_found_across(ball: Ball) -> None:
     model = untrained()
@@ -153,6 +140,74 @@ def test_signs_follow_the_prediction_and_rows_do_not_depend_on_their_neighbours(
     assert torch.equal((whole.margin > 0)[finite], (whole.logits.argmax(dim=1) == y)[finite])
     parts = [deepfool(model, x[i : i + 5], y[i : i + 5], ball=BALLS["l2"]).margin for i in range(0, 32, 5)]
     torch.testing.assert_close(torch.cat(parts), whole.margin, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+@both
+def test_every_misclassified_sample_finds_its_way_back_between_two_boundaries(ball: Ball) -> None:
+    """Two half-spaces at an acute angle: steps onto one leave the other, and steps of 2 % beyond each never end."""
+    model = Affine(3, 48, seed=0).eval()
+    with torch.no_grad():
+        noise = torch.randn(48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        model.weight[1] = -0.6 * model.weight[2] + 0.8 * noise
+        model.weight[0], model.bias[:] = 0, torch.tensor([0.0, 0.5, 0.5])
+    x = torch.rand(64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = x[model(x).argmax(dim=1) != 0]
+    result = deepfool(model, x, torch.zeros(len(x), dtype=torch.int64), ball=ball, box=False)
+    assert bool(result.converged.all())
+    assert bool((result.iterations > 2).any())
+    assert not model(result.x_adv).argmax(dim=1).any()
+
+
+@both
+def test_batch_size_and_order_change_a_float32_margin_by_rounding_alone(ball: Ball) -> None:
+    """Not to the last bit: the kernels of a matrix product depend on the number of its rows."""
+    model = inference_copy(untrained())
+    x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(64) % 10
+    whole = deepfool(model, x, y, ball=ball, first_candidates=None)
+    for size in (1, 7, 32):
+        pieces = [
+            deepfool(model, a, b, ball=ball, first_candidates=None) for a, b in zip(x.split(size), y.split(size), strict=True)
+        ]
+        torch.testing.assert_close(torch.cat([p.margin for p in pieces]), whole.margin, rtol=1e-4, atol=1e-6, equal_nan=True)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        deepfool(model, x[order], y[order], ball=ball, first_candidates=None).margin,
+        whole.margin[order],
+        rtol=1e-4,
+        atol=1e-6,
+        equal_nan=True,
+    )
+
+
+@both
+def test_margins_of_few_candidates_are_never_shorter_in_an_affine_model_and_rank_alike(ball: Ball) -> None:
+    model = Affine(10, 48, seed=4).eval()
+    x = torch.rand(256, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(dim=1)
+    truth = exact_margin(model, x, y, ball)
+    excess = [deepfool(model, x, y, ball=ball, box=False, first_candidates=count).margin - truth for count in (1, 2, 4, 9)]
+    assert all(bool((e >= -1e-9).all()) for e in excess)
+    assert [e.mean().item() for e in excess] == sorted([e.mean().item() for e in excess], reverse=True)
+    assert excess[-1].abs().max() < 1e-9
+
+
+def test_classes_are_ranked_by_gap_over_the_distance_of_their_weights() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 3)
+
+    head = Head()
+    with torch.no_grad():
+        head.fc.weight[:] = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    scale = class_scale(head)
+    assert scale is not None
+    torch.testing.assert_close(scale[0], torch.tensor([0.0, 5.0, 1.0]))
+    logits, y = torch.tensor([[3.0, 1.0, 2.5], [3.0, 1.0, 2.5]]), torch.tensor([0, 0])  # gaps 2 and 0.5
+    assert rank_classes(logits, y, None, scale).tolist() == [[1, 2], [1, 2]]  # 2 / 5 before 0.5 / 1
+    assert rank_classes(logits, y, 1, None).tolist() == [[2], [2]]
+    assert class_scale(nn.Flatten()) is None
 
 
 def test_a_sample_that_does_not_converge_has_no_number() -> None:

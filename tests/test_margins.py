@@ -5,27 +5,40 @@ import pytest
 import torch
 
 from pipeline.artifacts import MARGINS_SCHEMA, read_json, read_table
+from pipeline.balls import BALLS
 from pipeline.deepfool import DeepFoolParams, deepfool
 from pipeline.images import ImageStore
-from pipeline.margins import MarginsSection, grand, scores, write_margins
+from pipeline.margin_quality import write_quality
+from pipeline.margins import MarginsSection, grand, place_parts, scores, shards, write_shard
 from pipeline.params import InputError
-from pipeline.threat import BALLS
 from tests.conftest import untrained
 
 CPU = torch.device("cpu")
 
 
 def settings(**fields: object) -> MarginsSection:
-    defaults = {"grand": True, "batch_size": 64, "shard_rows": 150, "max_not_converged": 1.0}
+    defaults = {
+        "grand": True,
+        "batch_size": 64,
+        "shard_rows": 150,
+        "max_not_converged": 1.0,
+        "quality": {"sample_rows": 0, "seed": 0},
+    }
     return MarginsSection.model_validate({"deepfool": DeepFoolParams(), **defaults, **fields})
 
 
 def write(path: Path, stores: dict[str, ImageStore], section: MarginsSection, model: torch.nn.Module | None = None) -> None:
     path.mkdir()
-    write_margins(
-        path, model or untrained(), stores, ball=BALLS["linf"], settings=section, model_digest="abc", device=CPU,
-        progress=lambda done, total: None,
-    )  # fmt: skip
+    model = model or untrained()
+    parts = []
+    for name, shard in shards(stores, section.shard_rows).items():
+        parts.append(path.with_name(f"{path.name}-{name}.parquet"))
+        write_shard(
+            parts[-1], model, stores[shard["source"]], **shard, ball=BALLS["linf"], settings=section,
+            model_digest="abc", device=CPU, progress=lambda done, total: None,
+        )  # fmt: skip
+    place_parts(path, parts)
+    write_quality(path, model, stores, ball=BALLS["linf"], settings=section, device=CPU)
 
 
 def test_the_table_has_every_row_in_order_and_the_margins_of_deepfool(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
@@ -40,6 +53,8 @@ def test_the_table_has_every_row_in_order_and_the_margins_of_deepfool(tmp_path: 
     torch.testing.assert_close(torch.tensor(table["margin"].to_numpy()[:64]), result.margin, equal_nan=True)
     quality = read_json(tmp_path / "margins" / "quality.json")
     assert quality["rows"] == 600
+    rows = sum(counts["rows"] for classes in quality["by_class"].values() for counts in classes.values())
+    assert rows == 600
     wrong = table["label"].to_numpy() != table["predicted"].to_numpy()
     assert quality["by_source"]["synthetic"]["misclassified"] == wrong[400:].sum()
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.threat import BALLS, Ball, ThreatParams, norm_l2, project_l2, project_linf
+from pipeline.balls import BALLS, Ball, norm_l2, project_l2, project_linf
+from pipeline.threat import ThreatParams
 
 both = pytest.mark.parametrize("ball", BALLS.values(), ids=BALLS)
 
