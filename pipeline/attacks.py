@@ -6,8 +6,8 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from pipeline.balls import Ball, per_sample
 from pipeline.params import Section
-from pipeline.threat import Ball, per_sample
 
 Loss = Callable[[Tensor], Tensor]  # x (B, C, H, W) -> (B,)
 
@@ -27,21 +27,20 @@ def pgd(
     eps: Tensor,
     step_size: Tensor,
     num_steps: int,
-    start: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Maximise loss: (B, ...) -> (B,) in each sample's own ball around x (B, ...) in [0, 1] (Madry et al.,
-    arXiv:1706.06083). eps and step_size are (B,) in the pixel range; `start` draws a uniform start in the ball.
-    Returns the last iterate; where eps is 0 it is exactly x.
+    arXiv:1706.06083). eps and step_size are (B,) in the pixel range; start (B, ...) are samples of the unit ball
+    (`ball.uniform`), from which each sample starts. Returns the last iterate; where eps is 0 it is exactly x.
 
     Raises:
         ValueError: x leaves [0, 1], or eps is negative.
     """
-    if len(x) == 0:
-        return x.clone()
-    check_attack_input(x, eps)
+    if len(x):
+        check_attack_input(x, eps)
     x_adv = x
     if start is not None:
-        x_adv = (x + per_sample(eps, x) * ball.uniform(x, start)).clamp(0, 1)
+        x_adv = (x + per_sample(eps, x) * start).clamp(0, 1)
     for _ in range(num_steps):
         x_adv = x_adv.detach().requires_grad_()
         (grad,) = torch.autograd.grad(loss(x_adv).sum(), x_adv)

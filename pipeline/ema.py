@@ -10,16 +10,19 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class EMA(Generic[Module]):
-    """`model` is the average, in eval mode. The decay ramps up as min(decay, (1 + t) / (10 + t)) over updates t."""
+    """`model` is the average, in eval mode. It follows the model exactly for the first `warmup` updates; after them the decay
+    ramps up as min(decay, (1 + t) / (10 + t)) over updates t (as in the code of Wang et al., arXiv:2302.04638, whose
+    averaged model however shares the BatchNorm statistics of the trained one)."""
 
-    def __init__(self, model: Module, decay: float) -> None:
+    def __init__(self, model: Module, decay: float, warmup: int = 0) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
 
     @torch.no_grad()
     def update(self, model: Module, step: int) -> None:
         """Move the average towards model after its update number step (from 0)."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        since = step - self.warmup
+        weight = 1.0 if since < 0 else 1 - min(self.decay, (1 + since) / (10 + since))
         for average, value in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
             if average.is_floating_point():
                 average.lerp_(value, weight)

@@ -1,12 +1,14 @@
 """Reproducible random streams: every draw comes from a generator named by (seed, position, purpose), never a global one."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-Stream = Literal["real_order", "synthetic_draw", "augmentation", "attack", "holdout", "selection", "cutmix"]
-_STREAMS: tuple[Stream, ...] = ("real_order", "synthetic_draw", "augmentation", "attack", "holdout", "selection", "cutmix")
+Stream = Literal[
+    "real_order", "synthetic_draw", "augmentation", "attack", "holdout", "selection", "cutmix", "reference", "quality"
+]
+_STREAMS: tuple[Stream, ...] = get_args(Stream)  # new ones go to the end: the place is part of the seed
 
 
 def numpy_stream(seed: int, position: int, stream: Stream) -> np.random.Generator:

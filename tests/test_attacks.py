@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from pipeline.attacks import pgd
-from pipeline.threat import BALLS, Ball
+from pipeline.balls import BALLS, Ball
 
 EPS = torch.tensor([0.0, 0.01, 0.05, 0.05], dtype=torch.float64)
 
@@ -27,9 +27,8 @@ def test_every_sample_stays_in_its_own_ball_and_in_the_box_and_eps_0_gives_exact
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(4, 3, 5, 5, dtype=torch.float64, generator=generator).round(decimals=1)  # some pixels at 0 and at 1
     w = torch.randn(75, dtype=torch.float64, generator=generator)
-    x_adv = pgd(
-        lambda z: (z.flatten(1) @ w).sin(), x, ball=ball, eps=EPS, step_size=EPS / 2, num_steps=num_steps, start=generator
-    )
+    start = ball.uniform(x, generator)
+    x_adv = pgd(lambda z: (z.flatten(1) @ w).sin(), x, ball=ball, eps=EPS, step_size=EPS / 2, num_steps=num_steps, start=start)
     assert torch.equal(x_adv[0], x[0])
     assert bool((ball.norm(x_adv - x) <= EPS * (1 + 1e-9)).all())
     assert 0 <= x_adv.min()
@@ -61,7 +60,7 @@ def test_the_same_seed_gives_the_same_start_and_an_empty_batch_is_no_error() -> 
     eps = torch.tensor([0.1, 0.1])
 
     def attack(seed: int) -> Tensor:
-        start = torch.Generator().manual_seed(seed)
+        start = BALLS["l2"].uniform(x, torch.Generator().manual_seed(seed))
         return pgd(lambda z: z.sum(dim=1) * 0, x, ball=BALLS["l2"], eps=eps, step_size=eps, num_steps=1, start=start)
 
     assert torch.equal(attack(5), attack(5))

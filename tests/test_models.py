@@ -55,6 +55,37 @@ def test_the_wide_resnet_equals_its_published_definition_and_key_layout() -> Non
     assert keys == expected | {"init_conv", "batchnorm", "logits"}
 
 
+def published_shapes(depth: int, width: int) -> dict[str, tuple[int, ...]]:
+    """State dict of DMWideResNet, name by name, written from its published definition (RobustBench)."""
+    planes = [16, 16 * width, 32 * width, 64 * width]
+
+    def norm(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+        vectors = {f"{name}.{key}": (channels,) for key in ("weight", "bias", "running_mean", "running_var")}
+        return {**vectors, f"{name}.num_batches_tracked": ()}
+
+    expected: dict[str, tuple[int, ...]] = {"init_conv.weight": (16, 3, 3, 3)}
+    for group in range(3):
+        inputs, outputs = planes[group], planes[group + 1]
+        for index in range((depth - 4) // 6):
+            prefix = f"layer.{group}.block.{index}"
+            expected |= norm(f"{prefix}.batchnorm_0", inputs) | norm(f"{prefix}.batchnorm_1", outputs)
+            expected[f"{prefix}.conv_0.weight"] = (outputs, inputs, 3, 3)
+            expected[f"{prefix}.conv_1.weight"] = (outputs, outputs, 3, 3)
+            if inputs != outputs:
+                expected[f"{prefix}.shortcut.weight"] = (outputs, inputs, 1, 1)
+            inputs = outputs
+    return expected | norm("batchnorm", planes[3]) | {"logits.weight": (10, planes[3]), "logits.bias": (10,)}
+
+
+@pytest.mark.parametrize(("depth", "width", "million"), [(28, 10, 36.48), (70, 16, 266.80), (10, 1, 0.08)])
+def test_the_wide_resnet_has_the_keys_and_shapes_of_the_published_one(depth: int, width: int, million: float) -> None:
+    with torch.device("meta"):
+        params = ModelParams(architecture="wideresnet", arguments={"depth": depth, "width": width})
+        net = build_network(params, (32, 32, 3), 10, seed=0)
+    assert {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()} == published_shapes(depth, width)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(million, abs=0.005)
+
+
 @pytest.mark.parametrize(("name", "arguments", "million"), [("wideresnet", {}, 36.5), ("preactresnet", {}, 11.2)])
 def test_parameter_counts_are_those_of_the_papers(name: str, arguments: dict[str, int], million: float) -> None:
     net = build_network(ModelParams(architecture=name, arguments=arguments), (32, 32, 3), 10, seed=0)
@@ -87,7 +118,7 @@ def test_a_saved_model_gives_the_same_logits_and_the_same_bytes(tmp_path: Path) 
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     loaded, description = load_model(tmp_path / "a", CPU)
     x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(loaded(x), model.to(memory_format=torch.channels_last)(x))
     assert not loaded.training
     assert len(description["digest"]) == 64
 
@@ -117,12 +148,16 @@ def test_an_imported_model_must_be_for_the_same_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "arguments", "message"),
     [
-        ("resnet", {}, "wanted one of preactresnet, wideresnet; got 'resnet'"),
+        ("resnext", {}, "wanted an architecture out of preactresnet, resnet, vit, wideresnet, or module.function of a module"),
+        ("nets.of.nobody", {}, "wanted the file nets/of.py in the project for 'nets.of', found none"),
+        ("resnet", {"depth": 20}, "wanted depth out of 18, 34, 50, 101, 152"),
+        ("vit", {"patch_size": 3}, "wanted square images whose side is a multiple of patch_size, got 8 x 8 and 3"),
+        ("vit", {"hidden_dim": 100}, "hidden_dim a multiple of num_heads"),
         ("wideresnet", {"depth": 12}, "wanted 6 n \\+ 4 with n >= 1"),
         ("wideresnet", {"deepness": 12}, "unexpected keyword argument 'deepness'"),
         ("preactresnet", {"blocks": []}, "wanted at least one block per stage"),
     ],
 )
 def test_wrong_models_are_named(architecture: str, arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         build_network(ModelParams(architecture=architecture, arguments=arguments), (8, 8, 1), 10, 0)

@@ -1,19 +1,30 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from pipeline.attacks import PGDParams
-from pipeline.batches import AugmentationParams, Batch, full_pool
+from pipeline.attacks import PGDParams, pgd
+from pipeline.balls import BALLS
+from pipeline.checkpoints import Checkpoint
 from pipeline.ema import EMA
 from pipeline.images import ImageStore
+from pipeline.losses import kl_divergence
 from pipeline.models import build_network
 from pipeline.params import InputError
-from pipeline.threat import BALLS, ThreatParams
-from pipeline.training import TrainingParams, TrainingResult, attack_batch, batch_loss, frozen_statistics, make_optimizer, train
+from pipeline.threat import ThreatParams
+from pipeline.training import TrainingParams, TrainingResult, train
+from pipeline.training.augmentation import AugmentationParams
+from pipeline.training.batch import Batch
+from pipeline.training.batchnorm import AttackNorms, first_statistics
+from pipeline.training.loop import micro_batches
+from pipeline.training.objective import batch_loss
+from pipeline.training.optimisation import make_optimizer, make_schedule
+from pipeline.training.pools import full_pool
 from tests.conftest import TINY, untrained
 
 THREAT = ThreatParams(norm="linf", eps_255=24)
@@ -30,12 +41,27 @@ def recipe(**fields: Any) -> TrainingParams:
     return TrainingParams.model_validate(values | fields)
 
 
-def run(stores: dict[str, ImageStore], params: TrainingParams, seed: int = 0, kept: float = 1.0) -> TrainingResult:
+def run(
+    stores: dict[str, ImageStore],
+    params: TrainingParams,
+    seed: int = 0,
+    share: float = 1.0,
+    checkpoint: Checkpoint | None = None,
+    norm: bool = True,
+) -> TrainingResult:
     pools = {source: full_pool(store, THREAT.eps) for source, store in stores.items()}
-    net = build_network(TINY, (8, 8, 1), 10, seed)
+    net = build_network(TINY, (8, 8, 1), 10, seed) if norm else plain_network(seed)
     return train(
-        net, pools, params, threat=THREAT, fraction_kept=kept, seed=seed, device=CPU, progress=lambda step, of, figures: None
-    )
+        net, pools, params, threat=THREAT, steps_share=share, seed=seed, device=CPU, progress=lambda step, of, figures: None,
+        checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def plain_network(seed: int) -> nn.Module:
+    """A network without BatchNorm."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
 
 
 def weights(result: TrainingResult) -> list[torch.Tensor]:
@@ -47,49 +73,138 @@ def batch(eps: list[float]) -> Batch:
     return Batch(x, torch.arange(len(eps)) % 10, torch.tensor(eps))
 
 
+def noise(given: Batch) -> torch.Tensor:
+    return BALLS["linf"].uniform(given.x, torch.Generator().manual_seed(0))
+
+
+def attack(model: nn.Module, given: Batch, params: TrainingParams, seen: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """The adversarial examples that the loss of a batch is of: the last images that the model is called with."""
+    seen = [] if seen is None else seen
+    hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    batch_loss(model, given, params, ball=BALLS["linf"], threat_eps=0.1, start=noise(given))
+    hook.remove()
+    return seen[-1]
+
+
+@pytest.mark.parametrize("mode", ["batch", "clean", "running"])
 @pytest.mark.parametrize("loss", ["trades", "pgd_at", "mart"])
-def test_each_sample_is_attacked_in_its_own_ball_and_eps_0_gives_exactly_x(loss: str) -> None:
-    model = untrained().train()
+def test_each_sample_is_attacked_in_its_own_ball_and_eps_0_gives_exactly_x(loss: str, mode: str) -> None:
     given = batch([0.0, 0.02, 0.1, 0.0, 0.05])
-    start = torch.Generator().manual_seed(0)
-    x_adv = attack_batch(model, given, recipe(loss=loss), ball=BALLS["linf"], threat_eps=0.1, start=start)
+    x_adv = attack(untrained().train(), given, recipe(loss=loss, attack_batchnorm=mode))
     moved = BALLS["linf"].norm(x_adv - given.x)
     assert torch.equal(x_adv[[0, 3]], given.x[[0, 3]])
     assert bool((moved <= given.eps + 1e-7).all())
     assert bool((moved[given.eps > 0] > 0.9 * given.eps[given.eps > 0]).all())
 
 
-def test_rows_of_radius_0_cost_no_attack_step() -> None:
-    seen: list[int] = []
-    model = untrained().train()
-    model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    start = torch.Generator().manual_seed(0)
-    attack_batch(model, batch([0.0, 0.1, 0.0]), recipe(), ball=BALLS["linf"], threat_eps=0.1, start=start)
-    assert seen == [1, 1, 1]  # the clean prediction and two steps, for one row
-    attack_batch(model, batch([0.0, 0.0]), recipe(), ball=BALLS["linf"], threat_eps=0.1, start=start)
-    assert seen == [1, 1, 1]
+@pytest.mark.parametrize("loss", ["trades", "pgd_at"])
+def test_rows_of_radius_0_cost_no_attack_step(loss: str) -> None:
+    for eps, sizes in (([0.0, 0.1, 0.0], [3, 1, 1, 3]), ([0.1, 0.1], [2, 2, 2, 2]), ([0.0, 0.0], [2, 2])):
+        seen: list[torch.Tensor] = []
+        attack(untrained().train(), batch(eps), recipe(loss=loss), seen)
+        # Once clean, two steps, once adversarial; PGD-AT has no use for a clean pass but where it gives statistics.
+        idle = loss == "pgd_at" and eps == [0.1, 0.1]
+        assert [len(x) for x in seen] == (sizes[1:] if idle else sizes)
 
 
-@pytest.mark.parametrize("mode", ["batch", "running"])
-def test_an_attack_moves_no_statistics_and_restores_every_mode(mode: Any) -> None:
+@pytest.mark.parametrize("mode", ["batch", "clean", "running"])
+@pytest.mark.parametrize("attacked", [[True, False, True, True], [True] * 4])
+def test_an_attack_moves_no_statistics_and_restores_every_module(mode: Any, attacked: list[bool]) -> None:
     model = untrained().train()
+    x = torch.rand(4, 1, 8, 8)
+    norms = AttackNorms(model, mode, torch.tensor(attacked))
+    with norms.noting():
+        model(x)
     before = copy.deepcopy(model.state_dict())
-    x = torch.rand(8, 1, 8, 8)
-    with frozen_statistics(model, mode):
-        inside = model(x)
-        other = model(torch.cat([x, 1 - x]))[:8]
-    assert torch.allclose(inside, other) == (mode == "running")  # batch statistics couple the samples
+    chosen = x[torch.tensor(attacked)]
+    with norms.frozen():
+        inside, other = model(chosen), model(torch.cat([chosen, 1 - chosen]))[: len(chosen)]
+    assert torch.allclose(inside, other, atol=1e-6) == (mode != "batch")  # statistics of the attacked couple the samples
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(module.training for module in model.modules())
     model(x)
     assert not torch.equal(model.state_dict()["net.norm.running_mean"], before["net.norm.running_mean"])
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def recipe_attack(model: nn.Module, given: Batch, params: TrainingParams) -> torch.Tensor:
+    """The attack of the published step: all images, BatchNorm by the batch, radius 0 where a row has it."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+    with torch.no_grad():
+        reference = model(given.x)
+    x_adv = pgd(
+        lambda z: kl_divergence(model(z), reference), given.x, ball=BALLS["linf"], eps=given.eps, start=noise(given),
+        step_size=given.eps * params.attack.step_size_255 / 255 / 0.1, num_steps=params.attack.num_steps,
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = True
+    return x_adv
+
+
+def strength(model: nn.Module, given: Batch, x_adv: torch.Tensor) -> float:
+    """Mean KL over the attacked rows, in the network that is trained."""
+    with torch.no_grad():
+        return kl_divergence(model(x_adv), model(given.x))[given.eps > 0].mean().item()
+
+
+def test_where_all_rows_are_attacked_the_attack_is_that_of_the_recipe_to_the_last_bit() -> None:
+    given = batch([0.1, 0.05, 0.1, 0.02])
+    assert torch.equal(attack(untrained().train(), given, recipe()), recipe_attack(untrained().train(), given, recipe()))
+
+
+@pytest.mark.parametrize("mode", ["batch", "clean"])
+def test_few_attacked_rows_are_attacked_as_strongly_as_in_the_whole_batch(mode: str) -> None:
+    given = batch([0.1] * 3 + [0.0] * 61)
+    params = recipe(attack=PGDParams(num_steps=8, step_size_255=8), attack_batchnorm=mode)
+    model = untrained().train()
+    whole = strength(model, given, recipe_attack(model, given, params))
+    ours = strength(model, given, attack(model, given, params))
+    few = Batch(given.x[:3], given.y[:3], given.eps[:3])
+    alone = strength(model, given, torch.cat([recipe_attack(model, few, params), given.x[3:]]))
+    assert ours > 0.95 * whole
+    assert alone < 0.9 * whole  # normalised by the attacked rows alone it is weaker
+
+
+@pytest.mark.parametrize("loss", ["trades", "pgd_at"])
+def test_mixed_images_are_attacked_against_their_mixed_labels(loss: str) -> None:
+    given = batch([0.1, 0.1, 0.0, 0.05])
+    one_hot = nn.functional.one_hot(given.y, 10).float()
+    soft = Batch(given.x, 0.75 * one_hot + 0.25 * one_hot.flip(0), given.eps)
+    model = untrained().train()
+    x_adv = attack(model, soft, recipe(loss=loss, attack_batchnorm="running"))
+    model.eval()
+    with torch.no_grad():
+        clean, adversarial = (nn.functional.cross_entropy(model(x), soft.y, reduction="none") for x in (soft.x, x_adv))
+    assert bool((adversarial[[0, 1, 3]] > clean[[0, 1, 3]]).all())
+    with pytest.raises(ValidationError, match="cutmix: wanted another loss than mart"):
+        recipe(loss="mart", augmentation=AugmentationParams(crop_padding=0, flip=False, cutmix=True).model_dump())
+
+
+@pytest.mark.parametrize("loss", ["standard", "trades", "pgd_at", "mart"])
+def test_bf16_gives_nearly_the_loss_and_the_gradient_of_float32(loss: str) -> None:
+    given = batch([0.0] * 3 + [0.02] * 9)
+    found = []
+    for precision in ("float32", "bf16"):
+        model = untrained().train()
+        value = batch_loss(
+            model, given, recipe(loss=loss, precision=precision), ball=BALLS["linf"], threat_eps=0.1, start=noise(given)
+        )  # fmt: skip
+        value.backward()
+        assert value.dtype == torch.float32
+        found.append((value.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (exact, gradient), (rough, other) = found
+    assert rough == pytest.approx(exact, rel=0.02)
+    assert len(gradient) == len(other)
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.97
 
 
 def test_the_trades_loss_of_a_batch_of_radius_0_is_the_cross_entropy() -> None:
     model = untrained().eval()
     given = batch([0.0] * 6)
-    start = torch.Generator().manual_seed(0)
-    loss = batch_loss(model, given, recipe(label_smoothing=0.1), ball=BALLS["l2"], threat_eps=0.1, start=start)
+    params = recipe(label_smoothing=0.1)
+    loss = batch_loss(model, given, params, ball=BALLS["l2"], threat_eps=0.1, start=noise(given))
     expected = nn.functional.cross_entropy(model(given.x), given.y, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
 
@@ -97,14 +212,14 @@ def test_the_trades_loss_of_a_batch_of_radius_0_is_the_cross_entropy() -> None:
 def test_ema_equals_its_closed_form_and_keeps_statistics_of_its_own() -> None:
     linear = nn.Linear(1, 1, bias=False)
     model = nn.Sequential(linear, nn.BatchNorm1d(1))
-    ema = EMA(model, decay=0.9)
+    ema = EMA(model, decay=0.9, warmup=4)
     expected = linear.weight.item()
     for step in range(30):
         with torch.no_grad():
             linear.weight.fill_(float(step))
         model.train()(torch.full((4, 1), 3.0) + torch.arange(4)[:, None])
         ema.update(model, step)
-        decay = min(0.9, (1 + step) / (10 + step))
+        decay = 0 if step < 4 else min(0.9, (step - 3) / (step + 6))
         expected = decay * expected + (1 - decay) * step
     assert ema.model.get_parameter("0.weight").item() == pytest.approx(expected, rel=1e-5)
     own, theirs = (m.get_buffer("1.running_mean") for m in (ema.model, model))
@@ -112,13 +227,42 @@ def test_ema_equals_its_closed_form_and_keeps_statistics_of_its_own() -> None:
     assert not torch.equal(own, theirs)
 
 
-def test_weight_decay_spares_batchnorm_and_biases() -> None:
+def test_weight_decay_spares_normalisation_layers_alone() -> None:
     model = untrained()
     decayed, plain = make_optimizer(model, recipe()).param_groups
     assert [group["weight_decay"] for group in (decayed, plain)] == [5e-4, 0]
-    assert {p.ndim for p in decayed["params"]} == {2, 4}
-    assert {p.ndim for p in plain["params"]} == {1}
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    norms = {name for name in names.values() if "norm" in name}
+    assert norms
+    assert {names[parameter] for parameter in plain["params"]} == norms
+    assert {names[parameter] for parameter in decayed["params"]} == set(names.values()) - norms
+
+
+def test_one_cycle_follows_its_closed_form() -> None:
+    params = recipe(lr=0.4, warmup_fraction=0.25)
+    optimizer = make_optimizer(untrained(), params)
+    schedule = make_schedule(optimizer, params, steps=39)
+    found = []
+    for _ in range(40):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(found) < 40:
+            schedule.step()
+    peak, low, end = 0.4, 0.4 / 25, 0.4 / 25 / 1e4
+    top = 0.25 * 40 - 1  # the step at which the warm-up ends
+    for step, lr in enumerate(found):
+        share, first, last = (step / top, low, peak) if step <= top else ((step - top) / (39 - top), peak, end)
+        assert lr == pytest.approx(last + (first - last) * (1 + np.cos(np.pi * share)) / 2, rel=1e-9)
+
+
+def test_running_statistics_begin_as_those_of_the_first_batch() -> None:
+    norm = nn.BatchNorm2d(1, momentum=0.25)
+    x = torch.randn(5, 1, 3, 3, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    for step, image in enumerate((x, x + 1)):
+        with first_statistics(nn.Sequential(norm), step):
+            norm(image)
+    assert norm.running_mean is not None
+    assert norm.running_mean.item() == pytest.approx(x.mean().item() + 0.25, rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(stores: dict[str, ImageStore]) -> None:
@@ -128,27 +272,64 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(stores: di
     assert first.history == again.history
 
 
-def test_a_scaled_budget_takes_the_share_of_steps_that_is_kept(stores: dict[str, ImageStore]) -> None:
+def test_a_share_of_the_steps(stores: dict[str, ImageStore]) -> None:
     # (400 - 60) / 64 images make 6 steps an epoch.
     assert run(stores, recipe()).cost["steps"] == 12
-    assert run(stores, recipe(budget="scaled"), kept=0.5).cost["steps"] == 6
-    cost = run(stores, recipe(budget="fixed"), kept=0.5).cost
-    assert cost == {"steps": 12, "images_seen": 768, "images_attacked": 768}
+    cost = run(stores, recipe(), share=0.5).cost
+    assert cost == {"steps": 6, "images_seen": 384, "images_attacked": 384}
 
 
 def test_training_on_digits_learns_to_be_accurate_and_robust(stores: dict[str, ImageStore]) -> None:
     result = run(stores, recipe(epochs=30, select_every=10, lr=0.2))
     last = result.history[-1]
-    assert last["clean_accuracy"] > 0.8
-    assert last["robust_accuracy"] > 0.3
+    assert 0.75 < last["clean_accuracy"] < 0.95  # of 60 images; 0.82 to 0.92 with seeds 0 to 3
+    assert 0.38 < last["robust_accuracy"] < 0.6  # 0.45 to 0.50
     assert last["loss"] < result.history[0]["loss"]
     assert max(row["robust_accuracy"] for row in result.history) >= last["robust_accuracy"]
     assert last["lr"] < 1e-3
 
 
-def test_a_loss_that_turns_nan_stops_with_the_step_and_what_to_change(stores: dict[str, ImageStore]) -> None:
-    with pytest.raises(InputError, match=r"the loss is nan before step \d+; lower training.lr"):
-        run(stores, recipe(lr=1e20, epochs=3))
+def test_a_loss_that_turns_nan_stops_at_once_with_the_step_and_keeps_the_last_good_checkpoint(
+    stores: dict[str, ImageStore], tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "state", every_s=0)
+    with pytest.raises(InputError, match=r"at step (\d+) of 18; lower training.lr") as stopped:
+        run(stores, recipe(lr=1e20, epochs=3), checkpoint=checkpoint)
+    saved = checkpoint.load()
+    assert saved is not None
+    assert f"at step {saved['step']} of" in str(stopped.value) or f"at step {saved['step'] + 1} of" in str(stopped.value)
+    assert all(bool(torch.isfinite(value).all()) for value in saved["model"].values())
+
+
+def test_the_curve_has_a_row_for_every_step_and_the_history_is_its_means(stores: dict[str, ImageStore]) -> None:
+    result = run(stores, recipe(warmup_fraction=0.25))
+    assert [row["step"] for row in result.curve] == list(range(1, 13))
+    for number, row in enumerate(result.history):
+        part = result.curve[6 * number : 6 * number + 6]
+        assert row["loss"] == pytest.approx(np.mean([step["loss"] for step in part]))
+        assert row["mean_eps"] == pytest.approx(THREAT.eps)
+    assert all(row["attacked"] == 64 for row in result.curve)
+
+
+def test_micro_batches_split_a_batch_evenly_and_without_batchnorm_change_nothing(stores: dict[str, ImageStore]) -> None:
+    part = np.arange(0, 12, 2)
+    assert [piece.tolist() for piece in micro_batches(part, 4)] == [[0, 4, 8], [2, 6, 10]]
+    assert [piece.tolist() for piece in micro_batches(part, None)] == [part.tolist()]
+    params = recipe(epochs=1)
+    whole, parts = (run(stores, params.model_copy(update={"micro_batch_size": size}), norm=False) for size in (None, 20))
+    torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-3, atol=1e-4)
+    assert whole.cost == parts.cost
+
+
+def test_a_batch_that_does_not_fit_in_memory_names_the_parameter_to_change(
+    stores: dict[str, ImageStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("pipeline.training.loop.batch_loss", full)
+    with pytest.raises(InputError, match="training.micro_batch_size: 64 images at a time do not fit .* set it to 32"):
+        run(stores, recipe())
 
 
 def test_normalisation_comes_from_the_images(stores: dict[str, ImageStore]) -> None:

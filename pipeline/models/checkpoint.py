@@ -16,29 +16,39 @@ from pipeline.params import InputError
 def save_model(directory: Path, model: Classifier, description: dict[str, Any]) -> None:
     """Write the weights and their description (architecture, shape, classes, threat, digests of the inputs)."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.net.state_dict().items()}
+    # Clones, because safetensors refuses tensors that share memory: tied weights are written under each of their names.
+    plain = torch.contiguous_format
+    state = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in model.net.state_dict().items()}
     save_file(state, directory / "model.safetensors")
     normalisation = {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
     write_json(directory / "model.json", {**description, "normalisation": normalisation})
 
 
+def describe(directory: Path) -> dict[str, Any]:
+    """The description of a saved classifier with the digest of its weights added as `digest`."""
+    description, weights = read_json(directory / "model.json"), directory / "model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{weights}: wanted the weights of a model, found none; run `dvc repro`")
+    return {**description, "digest": digest_file(weights)}
+
+
 def load_model(directory: Path, device: torch.device) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier in eval mode, and its description with the digest of the weights added as `digest`.
+    """The classifier in eval mode, and its description (see `describe`).
 
     Raises:
         InputError: files are missing, or the weights do not fit the architecture they claim.
     """
-    description = read_json(directory / "model.json")
+    description = describe(directory)
     weights = directory / "model.safetensors"
     try:
         params = ModelParams(architecture=description["architecture"], arguments=description["arguments"])
         net = build_network(params, tuple(description["shape"]), len(description["classes"]), seed=0)
         net.load_state_dict(load_file(weights))
         normalisation = description["normalisation"]
-        model = Classifier(net, normalisation["mean"], normalisation["std"]).to(device).eval()
+        model = Classifier(net, normalisation["mean"], normalisation["std"]).to(device)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
         raise InputError(f"{directory}: wanted weights that fit model.json, but: {error}") from None
-    return model, {**description, "digest": digest_file(weights)}
+    return model.to(memory_format=torch.channels_last).eval(), description
 
 
 def import_model(source: Path, target: Path, store: ImageStore) -> None:

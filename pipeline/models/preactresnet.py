@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from pipeline.models.registry import register
 from pipeline.params import InputError
 
 
@@ -49,6 +50,7 @@ class PreActResNet(nn.Module):
         return logits
 
 
+@register
 def preactresnet(
     shape: tuple[int, int, int],
     num_classes: int,

@@ -5,6 +5,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.registry import register
 from pipeline.params import InputError
 
 
@@ -71,6 +72,7 @@ class WideResNet(nn.Module):
         return logits
 
 
+@register
 def wideresnet(shape: tuple[int, int, int], num_classes: int, *, depth: int = 28, width: int = 10) -> nn.Module:
     """WRN-depth-width, for images whose sides are multiples of 4."""
     if not (isinstance(depth, int) and isinstance(width, int) and width >= 1):

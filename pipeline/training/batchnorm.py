@@ -1,0 +1,118 @@
+"""What BatchNorm normalises by while a batch is attacked. Its own buffers never move there.
+
+Rows of radius 0 take no attack steps, so the network sees only the other rows again and again. Normalised by those alone, it
+would be another network than the one that is trained on the whole batch, the more so the fewer are attacked, and what is
+adversarial to it need not be so to that one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.batchnorm import mean_and_variance, moments, normalise
+from pipeline.ranks import any_rank, sum_over_ranks, world_size
+
+Mode = Literal["batch", "clean", "running"]
+Forward = Callable[[nn.BatchNorm2d, Tensor], Tensor]
+
+
+class AttackNorms:
+    """BatchNorm of a model in training for one batch, of which the rows `attacked` (B,) are attacked. By `mode` it normalises
+
+    - "batch": by the batch at every step, as in the recipe; rows that are not attacked count as what they were in the clean
+      pass. Where all are attacked this is the recipe to the letter. Gradients flow through the statistics.
+    - "clean": by the statistics of the whole clean batch, which do not move.
+    - "running": by the running statistics.
+    """
+
+    def __init__(self, model: nn.Module, mode: Mode, attacked: Tensor) -> None:
+        self.norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.mode, self.rest = mode, ~attacked
+        some_rest = any_rank(bool(self.rest.any()), attacked.device)
+        self.wants_clean_pass = bool(self.norms) and (mode == "clean" or (mode == "batch" and some_rest))
+        self.noted: dict[nn.BatchNorm2d, tuple[Tensor, ...]] = {}
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """In it the model is called once, in training, with the whole clean batch."""
+        hooks = [norm.register_forward_pre_hook(self.note) for norm in self.norms if self.wants_clean_pass]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def note(self, norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        if self.mode == "batch":
+            self.noted[norm] = (moments(inputs[0][self.rest]),)
+        else:
+            self.noted[norm] = mean_and_variance(sum_over_ranks(moments(inputs[0])))
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """In it the model normalises as said, the attacked rows being its input, and its buffers stay."""
+        forward = {"batch": self.by_batch, "clean": self.by_clean, "running": by_running}[self.mode]
+        with replaced_forward(self.norms, forward):
+            yield
+
+    def by_batch(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        if norm not in self.noted and world_size() == 1:
+            return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+        own = moments(x)
+        total = own + self.noted[norm][0] if norm in self.noted else own
+        return normalise(norm, x, *mean_and_variance(sum_over_ranks(total)))
+
+    def by_clean(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        mean, var = self.noted[norm]
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def by_running(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+@contextmanager
+def replaced_forward(norms: list[nn.BatchNorm2d], forward: Forward) -> Iterator[None]:
+    """Every one of norms computes forward(norm, x)."""
+    for norm in norms:
+        norm.forward = partial(forward, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+@contextmanager
+def unmoved_statistics(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    """In it the running statistics stay, whatever the model is called with."""
+    before = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, track in zip(norms, before, strict=True):
+            norm.track_running_stats = track
+
+
+@contextmanager
+def first_statistics(model: nn.Module, step: int) -> Iterator[None]:
+    """In the first step the running statistics become those of its batch (as in the published code), where else the zeros
+    and ones that a network is made with would fade slowly."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)] if step == 0 else []
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
