@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,22 @@ def publish(target: Path) -> Iterator[Path]:
         raise
 
 
+def place(source: Path, target: Path) -> None:
+    """Put a file of the run store into an artifact without copying it, where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def place_all(source: Path, target: Path) -> None:
+    """`place` every file below source at the same path below target, but for the mark that source is finished."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path != source / "done.json":
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            place(path, target / path.relative_to(source))
+
+
 def sync(directory: Path) -> None:
     """Flush every file below directory to the disk."""
     for path in sorted(directory.rglob("*")):
@@ -103,16 +119,46 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     """Read one Parquet file, or all parts of a directory in the order of their names.
 
     Raises:
-        InputError: nothing there, or the columns are not those of the schema.
+        InputError: nothing there, not readable, or the columns are not those of the schema.
+    """
+    tables = []
+    for part in table_parts(path, schema):
+        with readable(part):
+            tables.append(pq.read_table(part, columns=columns))
+    return pa.concat_tables(tables)
+
+
+def scan_table(path: Path, schema: pa.Schema, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """As `read_table`, in batches of at most batch_rows rows."""
+    for part in table_parts(path, schema):
+        with readable(part), pq.ParquetFile(part) as file:
+            yield from file.iter_batches(batch_rows, columns=list(columns))
+
+
+def table_parts(path: Path, schema: pa.Schema) -> list[Path]:
+    """The Parquet files of a table, all of the schema.
+
+    Raises:
+        InputError: as `read_table`.
     """
     parts = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not parts or not parts[0].is_file():
         raise InputError(f"{path}: wanted Parquet files of an earlier stage, found none; run `dvc repro`")
     for part in parts:
-        found = pq.read_schema(part)
+        with readable(part):
+            found = pq.read_schema(part)
         if not found.remove_metadata().equals(schema):
             raise InputError(f"{part}: wanted the columns {schema.names} with their types, got {found.names}")
-    return pa.concat_tables([pq.read_table(part, columns=columns) for part in parts])
+    return parts
+
+
+@contextmanager
+def readable(part: Path) -> Iterator[None]:
+    """Whatever Arrow cannot read in a file becomes an InputError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{part}: not a readable Parquet file ({error}); delete the artifact and run `dvc repro`") from error
 
 
 def digest_file(path: Path) -> str:

@@ -1,20 +1,54 @@
 """Image store: sharded uint8 memory maps with labels. Opening one costs no read; a batch costs only its own bytes."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from pipeline.artifacts import digest_file, publish, read_json, write_json
-from pipeline.params import InputError
+from pipeline.artifacts import digest_file, place, publish, read_json, write_json
+from pipeline.params import InputError, explain
 
 Images = NDArray[np.uint8]  # (n, H, W, C)
 Labels = NDArray[np.int64]  # (n,)
 Chunk = tuple[Images, Labels]
+
+
+class ShardEntry(BaseModel):
+    file: str
+    count: PositiveInt
+    sha256: str
+
+
+class StoreHeader(BaseModel):
+    """What store.json says. `source_rows_sha256` is there where the store keeps the row each image had in its source."""
+
+    model_config = ConfigDict(frozen=True)
+    classes: tuple[str, ...]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    count: NonNegativeInt
+    class_counts: tuple[NonNegativeInt, ...]
+    shards: tuple[ShardEntry, ...]
+    labels_sha256: str
+    source_rows_sha256: str | None = None
+    origin: dict[str, Any]
+
+    @classmethod
+    def read(cls, store: Path) -> "StoreHeader":
+        """Raises:
+        InputError: store.json is missing or is not the header of a store.
+        """
+        try:
+            return cls.model_validate(read_json(store / "store.json"))
+        except ValidationError as error:
+            raise InputError(f"{store / 'store.json'}: not the header of an image store ({explain(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -30,6 +64,7 @@ class ImageStore:
     shard_counts: tuple[int, ...]
     digest: str
     _maps: dict[int, Images] = field(default_factory=dict, repr=False, compare=False)
+    _views: dict[int, memoryview] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> "ImageStore":
@@ -38,14 +73,20 @@ class ImageStore:
         Raises:
             InputError: no store at path, or its files do not have the sizes that store.json states.
         """
-        header = read_json(path / "store.json")
-        counts = tuple(shard["count"] for shard in header["shards"])
-        store = cls(path, tuple(header["classes"]), tuple(header["shape"]), counts, digest_file(path / "store.json"))
+        header = StoreHeader.read(path)
+        counts = tuple(shard.count for shard in header.shards)
+        store = cls(path, header.classes, header.shape, counts, digest_file(path / "store.json"))
         _ = store.labels
         return store
 
     def __len__(self) -> int:
         return sum(self.shard_counts)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the images come from, as `write_store` was told."""
+        origin: dict[str, Any] = read_json(self.path / "store.json")["origin"]
+        return origin
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -76,19 +117,38 @@ class ImageStore:
         """Images of the given rows (B,), in their order: (B, H, W, C) uint8, a copy."""
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"{self.path}: rows must be in [0, {len(self)}), got [{rows.min()}, {rows.max()}]")
-        out = np.empty((len(rows), *self.shape), dtype=np.uint8)
+        size = prod(self.shape)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
-        for index in np.unique(shards):
-            where = shards == index
-            out[where] = self.shard(index)[rows[where] - self.starts[index]]
-        return out
+        starts = (rows - self.starts[shards]) * size
+        views = {index: self._bytes(index) for index in set(shards.tolist())}
+        images = [views[index][start : start + size] for index, start in zip(shards.tolist(), starts.tolist(), strict=True)]
+        # One copy of each image, which indexing with an array does not reach.
+        return np.frombuffer(bytearray().join(images), np.uint8).reshape(-1, *self.shape)
+
+    def _bytes(self, index: int) -> memoryview:
+        if index not in self._views:
+            self._views[index] = self.shard(index).reshape(-1).data
+        return self._views[index]
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[NDArray[np.int64], Images, Labels]]:
-        """Rows, images and labels of consecutive pieces of at most size rows in [start, stop)."""
+        """Rows, images and labels of consecutive pieces of at most size rows in [start, stop). They are read, not mapped, so
+        that going through a whole store does not fill the memory of the process with it."""
         stop = len(self) if stop is None else stop
         for first in range(start, stop, size):
             rows = np.arange(first, min(first + size, stop))
-            yield rows, self.batch(rows), np.asarray(self.labels[rows])
+            yield rows, self.read(first, rows[-1] + 1), np.asarray(self.labels[rows])
+
+    def read(self, start: int, stop: int) -> Images:
+        """Images of the rows in [start, stop), read from the files: (stop - start, H, W, C) uint8, a copy."""
+        pieces = []
+        for index in range(len(self.shard_counts)):
+            first, end = max(start, int(self.starts[index])), min(stop, int(self.starts[index + 1]))
+            if first < end:
+                shard, size = self.shard(index), int(np.prod(self.shape))
+                assert isinstance(shard, np.memmap)
+                offset = shard.offset + (first - int(self.starts[index])) * size
+                pieces.append(np.fromfile(self.path / shard_name(index), np.uint8, (end - first) * size, offset=offset))
+        return np.concatenate(pieces).reshape(-1, *self.shape)
 
 
 def load_map(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
@@ -114,57 +174,124 @@ def write_store(
     shape: tuple[int, int, int],
     shard_rows: int,
     origin: dict[str, Any],
+    source_rows: Callable[[], NDArray[np.int64]] | None = None,
 ) -> ImageStore:
-    """Stream chunks into a store at target: memory holds one shard at most, the write is complete or absent.
+    """Stream chunks into a store at target: memory holds one chunk and the labels, the write is complete or absent.
 
-    `origin` says where the images come from (source, licence, digests) and is kept in store.json.
+    `origin` says where the images come from (source, licence, digests) and is kept in store.json. `source_rows` is asked,
+    after the last chunk, for the row (n,) that each image has in its source.
 
     Raises:
         InputError: an image of another shape or type, a label outside the classes.
     """
     with publish(target) as work:
-        labels: list[Labels] = []
-        shards = []
-        for index, (images, shard_labels) in enumerate(regroup(chunks, shape, len(classes), shard_rows)):
-            name = shard_name(index)
-            np.save(work / name, images, allow_pickle=False)
-            labels.append(shard_labels)
-            shards.append({"file": name, "count": len(images), "sha256": digest_file(work / name)})
-        all_labels = np.concatenate(labels) if labels else np.empty(0, np.int64)
-        np.save(work / "labels.npy", all_labels, allow_pickle=False)
-        header = {
-            "classes": list(classes),
-            "shape": list(shape),
-            "count": len(all_labels),
-            "class_counts": np.bincount(all_labels, minlength=len(classes)).tolist(),
-            "shards": shards,
-            "labels_sha256": digest_file(work / "labels.npy"),
-            "origin": origin,
-        }
-        write_json(work / "store.json", header)
+        labels, shards = write_shards(work, chunks, shape, len(classes), shard_rows)
+        rows = source_rows().astype(np.int64) if source_rows is not None else None
+        write_header(work, shards, labels, classes=classes, shape=shape, origin=origin, source_rows=rows)
     return ImageStore.open(target)
 
 
-def regroup(chunks: Iterable[Chunk], shape: tuple[int, int, int], num_classes: int, shard_rows: int) -> Iterator[Chunk]:
-    """Check chunks and cut them into shards of shard_rows images; the last may be smaller.
+def write_shards(
+    folder: Path, chunks: Iterable[Chunk], shape: tuple[int, int, int], num_classes: int, shard_rows: int
+) -> tuple[Labels, list[dict[str, Any]]]:
+    """Write chunks into shards of shard_rows images, of which the last may be smaller: all labels (n,), and what
+    store.json says about the shards."""
+    labels: list[Labels] = []
+    entries: list[dict[str, Any]] = []
+    shard: Shard | None = None
+    try:
+        for images, chunk_labels in chunks:
+            check_chunk(images, chunk_labels, shape, num_classes)
+            labels.append(chunk_labels.astype(np.int64))
+            done = 0
+            while done < len(images):
+                shard = shard or Shard(folder / shard_name(len(entries)), shape, shard_rows)
+                part = images[done : done + shard_rows - shard.count]
+                shard.write(part)
+                done += len(part)
+                if shard.count == shard_rows:
+                    entries.append(shard.finish())
+                    shard = None
+        if shard:
+            entries.append(shard.finish())
+    finally:
+        if shard:
+            shard.file.close()
+    return np.concatenate(labels) if labels else np.empty(0, np.int64), entries
 
-    The images of a shard are good until the next is asked for: all shards share one buffer.
-    """
-    images, labels = np.empty((shard_rows, *shape), np.uint8), np.empty(shard_rows, np.int64)
-    filled = 0
-    for new_images, new_labels in chunks:
-        check_chunk(new_images, new_labels, shape, num_classes)
-        done = 0
-        while done < len(new_labels):
-            take = min(shard_rows - filled, len(new_labels) - done)
-            images[filled : filled + take] = new_images[done : done + take]
-            labels[filled : filled + take] = new_labels[done : done + take]
-            filled, done = filled + take, done + take
-            if filled == shard_rows:
-                yield images, labels.copy()
-                filled = 0
-    if filled:
-        yield images[:filled], labels[:filled]
+
+def write_header(
+    directory: Path,
+    shards: list[dict[str, Any]],
+    labels: Labels,
+    *,
+    classes: tuple[str, ...],
+    shape: tuple[int, int, int],
+    origin: dict[str, Any],
+    source_rows: NDArray[np.int64] | None = None,
+) -> None:
+    """Complete a store whose image files are there: labels.npy, source_rows.npy where there are any, and store.json."""
+    np.save(directory / "labels.npy", labels, allow_pickle=False)
+    header = {
+        "classes": list(classes),
+        "shape": list(shape),
+        "count": len(labels),
+        "class_counts": np.bincount(labels, minlength=len(classes)).tolist(),
+        "shards": shards,
+        "labels_sha256": digest_file(directory / "labels.npy"),
+        "origin": origin,
+    }
+    if source_rows is not None:
+        np.save(directory / "source_rows.npy", source_rows, allow_pickle=False)
+        header["source_rows_sha256"] = digest_file(directory / "source_rows.npy")
+    write_json(directory / "store.json", header)
+
+
+def join_stores(directory: Path, parts: list[Path], origin: dict[str, Any]) -> None:
+    """Make the shards of several stores of the same images, in that order, one store; files are linked, not copied."""
+    stores = [ImageStore.open(part) for part in parts]
+    shards: list[dict[str, Any]] = []
+    for store in stores:
+        for shard in read_json(store.path / "store.json")["shards"]:
+            name = shard_name(len(shards))
+            place(store.path / shard["file"], directory / name)
+            shards.append({**shard, "file": name})
+    labels = np.concatenate([store.labels for store in stores])
+    write_header(directory, shards, labels, classes=stores[0].classes, shape=stores[0].shape, origin=origin)
+
+
+class Shard:
+    """One .npy file of at most `rows` images that is written piece by piece, byte for byte as numpy.save writes it."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], rows: int) -> None:
+        self.path, self.shape, self.rows, self.count = path, shape, rows, 0
+        self.file = path.open("wb", buffering=0)
+        self.write_header(rows)
+        self.hash = hashlib.sha256(path.read_bytes())
+
+    def write_header(self, count: int) -> None:
+        """The header is as long for any count: numpy leaves room for the first axis to grow."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def write(self, images: Images) -> None:
+        data = np.ascontiguousarray(images).data.cast("B")
+        with ThreadPoolExecutor(1) as pool:  # the digest of a chunk is made while it is written
+            hashed = pool.submit(self.hash.update, data)
+            written = 0
+            while written < len(data):  # one call may write less, at most 2 GiB
+                written += self.file.write(data[written:])
+            hashed.result()
+        self.count += len(images)
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the file: its entry in store.json."""
+        if self.count < self.rows:
+            self.file.seek(0)
+            self.write_header(self.count)
+        self.file.close()
+        digest = self.hash.hexdigest() if self.count == self.rows else digest_file(self.path)
+        return {"file": self.path.name, "count": self.count, "sha256": digest}
 
 
 def check_chunk(images: Images, labels: Labels, shape: tuple[int, int, int], num_classes: int) -> None:

@@ -1,18 +1,27 @@
-"""Pruning: a strategy turns the margin table into a manifest, which says what is kept and with which eps."""
+"""Pruning: a strategy says which rows of the margin table are kept and with which eps.
 
-from typing import Annotated, Any, Literal
+The table is read in batches, and only the columns that a strategy needs are held, some ten bytes per row.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from pipeline.artifacts import MANIFEST_SCHEMA, SOURCES
+from pipeline.hashing import uniform
 from pipeline.params import InputError, Section
+from pipeline.selection import chunks, extremes
 
 Score = Literal["random", "margin", "confidence", "entropy", "logit_margin", "el2n", "grand"]
 Mask = NDArray[np.bool_]
-Floats = NDArray[np.float64]
+Values = NDArray[np.float32]
+Read = Callable[[Sequence[str]], Iterator[pa.RecordBatch]]  # names of columns -> batches of the margin table
+
+KEPT, MISCLASSIFIED, NOT_CONVERGED, LOW, HIGH = range(5)  # codes of the reasons, in the order of `reasons`
 
 
 class ConstantEps(Section):
@@ -45,7 +54,8 @@ class QuantileEps(Section):
 
 
 class RankEps(Section):
-    """eps_i grows linearly with the rank of the margin, from 0 at the lowest to eps at the share q."""
+    """eps_i grows linearly with the rank of the margin (the number of lower ones), from 0 at the lowest to eps at the share
+    q."""
 
     rule: Literal["rank"]
     q: float = Field(gt=0, le=1)
@@ -56,7 +66,8 @@ EpsRule = Annotated[ConstantEps | MarginEps | FloorEps | QuantileEps | RankEps, 
 
 class Strategy(Section):
     """Keep the share `keep` of the rows that the strategy applies to; `prune` says at which end of the score (`score:
-    null` keeps all). `not_converged` rows have no margin: `keep` keeps them with the eps of the threat."""
+    null` keeps all). `not_converged` rows have no margin: `keep` keeps them with the eps of the threat. Training on what is
+    kept takes as many steps as on everything (`budget: fixed`), or only the share of them that is kept (`scaled`)."""
 
     score: Score | None = None
     prune: Literal["highest", "lowest", "both"] = "highest"
@@ -66,6 +77,7 @@ class Strategy(Section):
     applies_to: Literal["all", "synthetic"] = "all"
     misclassified: Literal["keep", "drop"] = "keep"
     not_converged: Literal["keep", "drop"] = "drop"
+    budget: Literal["fixed", "scaled"] = "fixed"
     seed: NonNegativeInt = 0
 
     @property
@@ -73,142 +85,157 @@ class Strategy(Section):
         return self.score == "margin" or self.eps.rule != "constant"
 
 
-def prune(margins: pa.Table, strategy: Strategy, eps: float) -> tuple[pa.Table, dict[str, Any]]:
-    """Manifest (`MANIFEST_SCHEMA`, rows in the order of margins) and its summary. eps is the threat's, in pixel range.
+@dataclass(frozen=True)
+class Columns:
+    """The columns of the margin table (n,) that a strategy needs; `score` and `margin` are NaN where there is none."""
+
+    label: NDArray[np.int16]
+    applies: Mask
+    wrong: Mask
+    converged: Mask
+    score: Values
+    margin: Values
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of every row (n,): the code of the reason, and whether its eps follows from its margin; and the score at each cut."""
+
+    reason: NDArray[np.int8]
+    lowered: Mask
+    thresholds: dict[str, dict[str, float]]
+
+
+def reasons(strategy: Strategy) -> list[str]:
+    """Names of the reasons by their code."""
+    ends = ["random"] if strategy.score == "random" else [f"low_{strategy.score}", f"high_{strategy.score}"]
+    return ["kept", "misclassified", "not_converged", *ends]
+
+
+def load_columns(read: Read, num_rows: int, strategy: Strategy) -> Columns:
+    """Read what the strategy needs.
+
+    Raises:
+        InputError: the table has no such score.
+    """
+    scored = strategy.score not in (None, "random", "margin")
+    names = {"label", "converged"} | ({str(strategy.score)} if scored else set())
+    names |= {"source"} if strategy.applies_to == "synthetic" else set()
+    names |= {"predicted"} if strategy.misclassified == "drop" else set()
+    names |= {"margin"} if strategy.uses_margin else set()
+    label, empty = np.empty(num_rows, np.int16), np.empty(0, np.float32)
+    applies, wrong, converged = np.ones(num_rows, bool), np.zeros(num_rows, bool), np.empty(num_rows, bool)
+    margin = np.empty(num_rows, np.float32) if strategy.uses_margin else empty
+    score = margin if strategy.score in (None, "margin") else np.empty(num_rows, np.float32)
+    start = 0
+    for batch in read(sorted(names)):
+        part = slice(start, start + len(batch))
+        start = part.stop
+        label[part] = batch["label"].to_numpy()
+        converged[part] = batch["converged"].to_numpy(zero_copy_only=False)
+        if "source" in names:
+            synthetic = [name == "synthetic" for name in batch["source"].dictionary.to_pylist()]
+            applies[part] = np.array(synthetic)[batch["source"].indices.to_numpy()]
+        if "predicted" in names:
+            wrong[part] = label[part] != batch["predicted"].to_numpy()
+        if strategy.uses_margin:
+            margin[part] = batch["margin"].to_numpy(zero_copy_only=False)
+            converged[part] &= ~np.isnan(margin[part])
+        if strategy.score == "random":
+            score[part] = uniform(np.arange(part.start, part.stop), strategy.seed, 1)
+        elif scored:
+            score[part] = score_of(batch, strategy)
+    return Columns(label, applies, wrong, converged, score, margin)
+
+
+def score_of(batch: pa.RecordBatch, strategy: Strategy) -> Values:
+    score: Values = batch[str(strategy.score)].to_numpy(zero_copy_only=False)
+    if np.isnan(score).any():
+        remedy = "set margins.grand: true" if strategy.score == "grand" else "run `dvc repro -f margins`"
+        raise InputError(f"strategy score {strategy.score}: the margin table has rows without this score; {remedy}")
+    return score
+
+
+def choose(columns: Columns, strategy: Strategy) -> Choice:
+    """The fate of every row.
 
     The kept count is round(keep * n) of the n rows the strategy applies to (per class: largest remainders), or fewer
     when the rules for misclassified and not converged rows leave fewer; `not_converged: keep` keeps those rows even where
     they are more.
 
     Raises:
-        InputError: the score is not in the table, or nothing is kept.
+        InputError: nothing is kept.
     """
-    columns = {name: margins[name].to_numpy() for name in ("label", "predicted", "converged")}
-    source = margins["source"].combine_chunks().cast(pa.string()).to_numpy(zero_copy_only=False)
-    margin = margins["margin"].to_numpy().astype(np.float64)  # null becomes NaN
-    n = len(margins)
-    applies = np.ones(n, bool) if strategy.applies_to == "all" else source == "synthetic"
-    reason = np.full(n, "kept", dtype=object)
-
+    reason = np.full(len(columns.label), KEPT, np.int8)
     if strategy.misclassified == "drop":
-        reason[applies & (columns["label"] != columns["predicted"])] = "misclassified"
-    unknown = applies & ~columns["converged"] & strategy.uses_margin & (reason == "kept")
+        reason[columns.applies & columns.wrong] = MISCLASSIFIED
+    unknown = columns.applies & ~columns.converged & (reason == KEPT) if strategy.uses_margin else np.zeros(len(reason), bool)
     if strategy.not_converged == "drop":
-        reason[unknown] = "not_converged"
-    thresholds: dict[str, Any] = {}
+        reason[unknown] = NOT_CONVERGED
+    thresholds: dict[str, dict[str, float]] = {}
     if strategy.score is not None:
-        certain = unknown & (strategy.not_converged == "keep")
-        groups = columns["label"] if strategy.per_class else np.zeros(n, np.int16)
-        values = score_values(margins, strategy)
-        thresholds = drop_extremes(reason, values, applies, certain, groups, strategy)
-
-    kept = reason == "kept"
-    if not kept.any():
-        raise InputError(f"strategy keeps none of {n} rows; raise keep (now {strategy.keep}) or relax its drop rules")
-    eps_i = np.where(kept, eps, np.nan)
-    lowered = kept & applies & ~np.isnan(margin)
-    eps_i[lowered] = eps_of_margin(margin[lowered], strategy.eps, eps)
-    manifest = pa.table(
-        {
-            "source": margins["source"],
-            "row": margins["row"],
-            "label": margins["label"],
-            "kept": kept,
-            "eps": pa.array(eps_i.astype(np.float32), mask=~kept),
-            "reason": pa.array(reason, pa.string()).dictionary_encode().cast(MANIFEST_SCHEMA.field("reason").type),
-        },
-        schema=MANIFEST_SCHEMA,
-    )
-    return manifest, summarise(manifest, thresholds, eps)
-
-
-def score_values(margins: pa.Table, strategy: Strategy) -> Floats:
-    """The score of every row (n,); NaN where the table has none."""
-    if strategy.score == "random":
-        return np.random.default_rng([strategy.seed, 1]).random(len(margins))
-    assert strategy.score is not None
-    column = margins[strategy.score]
-    if strategy.score == "grand" and column.null_count:
-        raise InputError("strategy score grand: the margin table has no GraNd scores; set margins.grand: true")
-    return column.to_numpy().astype(np.float64)
+        certain = unknown if strategy.not_converged == "keep" else None
+        thresholds = drop_extremes(reason, columns, certain, strategy)
+    if not (reason == KEPT).any():
+        raise InputError(f"strategy keeps none of {len(reason)} rows; raise keep (now {strategy.keep}) or relax its drop rules")
+    return Choice(reason, columns.applies & ~unknown, thresholds)
 
 
 def drop_extremes(
-    reason: NDArray[np.object_], values: Floats, applies: Mask, certain: Mask, groups: NDArray[np.int16], strategy: Strategy
-) -> dict[str, Any]:
-    """Write the reason of the pruned rows into reason; `certain` rows are kept whatever their score. Ties are broken by
-    a seeded order. Returns, per group, the score at each cut."""
-    tie_break = np.random.default_rng([strategy.seed, 0]).permutation(len(values))
-    thresholds: dict[str, Any] = {}
-    labels, counts = np.unique(groups[applies], return_counts=True)
-    for group, quota in zip(labels, quotas(counts, strategy.keep), strict=True):
-        members = applies & (groups == group)
-        candidates = np.flatnonzero(members & (reason == "kept") & ~certain)
-        surplus = len(candidates) - max(0, quota - int((members & certain).sum()))
-        if surplus <= 0:
-            continue
-        order = candidates[np.lexsort((tie_break[candidates], values[candidates]))]
-        low = {"highest": 0, "lowest": surplus, "both": surplus // 2}[strategy.prune]
-        high = surplus - low
-        cuts: dict[str, float] = {}
-        if low:
-            reason[order[:low]] = reason_of("low", strategy)
-            cuts["low"] = float(values[order[low - 1]])
-        if high:
-            reason[order[len(order) - high :]] = reason_of("high", strategy)
-            cuts["high"] = float(values[order[len(order) - high]])
-        thresholds[str(group) if strategy.per_class else "all"] = cuts
+    reason: NDArray[np.int8], columns: Columns, certain: Mask | None, strategy: Strategy
+) -> dict[str, dict[str, float]]:
+    """Write the reason of the pruned rows into reason; `certain` rows are kept whatever their score. Returns, per group,
+    the score at each cut."""
+    num_groups = int(columns.label.max(initial=0)) + 1 if strategy.per_class else 1
+    groups = columns.label if strategy.per_class else None
+
+    def count(mask: Mask) -> NDArray[np.int64]:
+        if groups is None:
+            return np.array([np.count_nonzero(mask)])
+        return sum((np.bincount(groups[p][mask[p]], minlength=num_groups) for p in chunks(len(mask))), np.zeros(1, np.int64))
+
+    candidates = columns.applies & (reason == KEPT)
+    held = np.zeros(num_groups, np.int64)
+    if certain is not None:
+        candidates &= ~certain
+        held = count(certain)
+    free = np.maximum(0, quotas(count(columns.applies), strategy.keep) - held)
+    surplus = np.maximum(0, count(candidates) - free)
+    low = {"highest": np.zeros_like(surplus), "lowest": surplus, "both": surplus // 2}[strategy.prune]
+    is_low, is_high, cuts = extremes(columns.score, groups, candidates, low, surplus - low, strategy.seed)
+    reason[is_low], reason[is_high] = LOW, (LOW if strategy.score == "random" else HIGH)
+    thresholds: dict[str, dict[str, float]] = {}
+    for group in np.flatnonzero(surplus):
+        ends = {"low": cuts.low[group], "high": cuts.high[group]}
+        thresholds[str(group) if strategy.per_class else "all"] = {k: float(v) for k, v in ends.items() if np.isfinite(v)}
     return thresholds
 
 
-def reason_of(end: str, strategy: Strategy) -> str:
-    return "random" if strategy.score == "random" else f"{end}_{strategy.score}"
-
-
-def quotas(counts: NDArray[np.int64], keep: float) -> list[int]:
+def quotas(counts: NDArray[np.int64], keep: float) -> NDArray[np.int64]:
     """How many of each group to keep: round(keep * total) in all, shared by largest remainder."""
     exact = keep * counts
-    floors = np.floor(exact).astype(int)
+    floors = np.floor(exact).astype(np.int64)
     missing = round(keep * int(counts.sum())) - int(floors.sum())
-    for index in np.argsort(floors - exact, kind="stable")[: max(0, missing)]:
-        floors[index] += 1
-    return [int(value) for value in floors]
+    floors[np.argsort(floors - exact, kind="stable")[: max(0, missing)]] += 1
+    return floors
 
 
-def eps_of_margin(margin: Floats, rule: EpsRule, eps: float) -> Floats:
-    """Radius of each kept sample (n,) in [0, eps] from its signed margin (n,)."""
+def eps_function(rule: EpsRule, margin: Callable[[], Values], eps: float) -> Callable[[Values], Values]:
+    """The radius in [0, eps] of each sample (n,) from its signed margin (n,). `margin` gives those of all samples whose
+    radius follows from it, and is asked only by the rules that compare them."""
+    limit = np.float32(eps)
     if isinstance(rule, ConstantEps):
-        return np.full(len(margin), eps)
+        return lambda m: np.full(len(m), limit)
     if isinstance(rule, RankEps):
-        rank = np.argsort(np.argsort(margin, kind="stable"), kind="stable") / max(1, len(margin) - 1)
-        return eps * np.minimum(1.0, rank / rule.q)
-    lowered = np.clip(rule.scale * margin, 0, eps)
+        ordered = np.sort(margin())
+        scale = max(1, len(ordered) - 1) * rule.q
+        return lambda m: (eps * np.minimum(1.0, np.searchsorted(ordered, m) / scale)).astype(np.float32)
+    factor = np.float32(rule.scale)
     if isinstance(rule, FloorEps):
-        return np.clip(lowered, min(eps, rule.min_eps_255 / 255), eps)
+        lowest = np.float32(min(eps, rule.min_eps_255 / 255))
+        return lambda m: np.clip(factor * m, lowest, limit)
     if isinstance(rule, QuantileEps):
-        return np.where(margin <= np.quantile(margin, rule.q), lowered, eps) if len(margin) else lowered
-    return lowered
-
-
-def summarise(manifest: pa.Table, thresholds: dict[str, Any], eps: float) -> dict[str, Any]:
-    """Counts by reason, source and class, the thresholds of the score, quantiles of eps (pixel range)."""
-    frame = manifest.to_pandas()
-    kept = frame[frame["kept"]]
-    quantiles = np.quantile(kept["eps"].to_numpy(np.float64), [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
-    return {
-        "total": len(frame),
-        "kept": len(kept),
-        "fraction_kept": len(kept) / len(frame),
-        "reasons": {str(name): int(count) for name, count in frame["reason"].value_counts().items() if count},
-        "by_source": {
-            name: {"total": int((frame["source"] == name).sum()), "kept": int((kept["source"] == name).sum())}
-            for name in SOURCES
-        },
-        "by_class": {
-            str(label): {"total": len(group), "kept": int(group["kept"].sum())} for label, group in frame.groupby("label")
-        },
-        "thresholds": thresholds,
-        "eps": eps,
-        "eps_lowered": int((kept["eps"] < np.float32(eps)).sum()),
-        "eps_quantiles": dict(zip(["0", "0.05", "0.25", "0.5", "0.75", "0.95", "1"], quantiles.tolist(), strict=True)),
-    }
+        known = margin()
+        highest = np.quantile(known, rule.q) if len(known) else 0.0
+        return lambda m: np.where(m <= highest, np.clip(factor * m, 0, limit), limit)
+    return lambda m: np.clip(factor * m, 0, limit)

@@ -5,20 +5,22 @@ from pathlib import Path
 from pydantic import NonNegativeInt, PositiveInt
 
 from pipeline.artifacts import publish
-from pipeline.images import write_store
+from pipeline.ingest import ingest_split
 from pipeline.params import Section, StageParams
-from pipeline.sources import SourceParams, open_source, stratified
+from pipeline.sources import SourceParams, open_source
 from pipeline.stage import run
 
 
 class IngestSection(Section):
-    """`max_train` and `max_test` keep a stratified part of a split, drawn from `seed` and in the order of the source."""
+    """`max_train` and `max_test` keep a stratified part of a split, drawn from `seed` and in the order of the source. Up to
+    `max_corrupt` images of a split may be unreadable: they are left out and listed in its corrupt.json."""
 
     source: SourceParams
     max_train: PositiveInt | None
     max_test: PositiveInt | None
     seed: NonNegativeInt
     shard_rows: PositiveInt
+    max_corrupt: NonNegativeInt = 0
 
 
 class IngestParams(StageParams):
@@ -31,17 +33,15 @@ def main(real_path: Path) -> None:
     source = open_source(ingest.source)
     limits = {"train": ingest.max_train, "test": ingest.max_test}
     with publish(real_path) as work:
-        for name, split in source.splits.items():
-            limit = limits[name]
-            rows = None if limit is None else stratified(split.labels, limit, ingest.seed)
-            origin = source.origin | ({} if limit is None else {"max_rows": limit, "max_rows_seed": ingest.seed})
-            write_store(
+        for name in source.splits:
+            ingest_split(
                 work / name,
-                split(rows),
-                classes=source.classes,
-                shape=source.shape,
+                source,
+                name,
+                max_rows=limits[name],
+                seed=ingest.seed,
                 shard_rows=ingest.shard_rows,
-                origin=origin,
+                max_corrupt=ingest.max_corrupt,
             )
 
 

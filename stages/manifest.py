@@ -4,9 +4,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.artifacts import MARGINS_SCHEMA, publish, read_table, write_json, write_table
+from pipeline.artifacts import publish
+from pipeline.manifest import write_manifest
 from pipeline.params import StageParams
-from pipeline.pruning import Strategy, prune
+from pipeline.pruning import Strategy
 from pipeline.stage import run
 from pipeline.threat import ThreatParams
 
@@ -18,10 +19,8 @@ class ManifestParams(StageParams):
 
 def main(margins_path: Path, manifest_path: Path) -> None:
     params = ManifestParams.load(strategy=manifest_path.name)
-    manifest, summary = prune(read_table(margins_path, MARGINS_SCHEMA), params.strategy, params.threat.eps)
     with publish(manifest_path) as work:
-        write_table(work / "manifest.parquet", manifest)
-        write_json(work / "summary.json", summary)
+        write_manifest(work, margins_path, params.strategy, params.threat.eps)
 
 
 if __name__ == "__main__":

@@ -152,3 +152,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, how: str) -> None:
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"store\.json: wanted an artifact of an earlier stage, found none"):
         ImageStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_the_shards_are_byte_for_byte_what_numpy_saves(tmp_path: Path, count: int) -> None:
+    images, labels = sample(count)
+    write(tmp_path / "store", [(images[:2], labels[:2]), (images[2:], labels[2:])])
+    for index, first in enumerate(range(0, count, 4)):
+        np.save(tmp_path / "wanted.npy", images[first : first + 4])
+        assert (tmp_path / "store" / f"images-{index:05d}.npy").read_bytes() == (tmp_path / "wanted.npy").read_bytes()
+
+
+def test_a_header_of_another_make_is_refused_in_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "store", [sample(9)])
+    (tmp_path / "store" / "store.json").write_text('{"classes": "ant", "shape": [2, 3]}')
+    with pytest.raises(InputError, match=r"store\.json: not the header of an image store \(classes: .*; shape\.2: missing"):
+        ImageStore.open(tmp_path / "store")

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA
+from pipeline.manifest import prune
 from pipeline.params import InputError
-from pipeline.pruning import Strategy, prune, quotas
+from pipeline.pruning import Strategy, quotas
 
 EPS = 8 / 255
 
@@ -53,12 +54,13 @@ ALL = [
     strategy(score="margin", prune="both", keep=0.7, per_class=True),
     strategy(score="margin", keep=0.7, eps={"rule": "margin"}),
     strategy(eps={"rule": "margin"}),
+    strategy(score="random", keep=0.3, budget="scaled"),
     *(strategy(score=name, keep=0.5) for name in ("logit_margin", "confidence")),
     *(strategy(score=name, prune="lowest", keep=0.5, applies_to="synthetic") for name in ("entropy", "el2n", "grand")),
 ]
 
 
-@pytest.mark.parametrize("chosen", ALL, ids=lambda s: f"{s.score}-{s.prune}-{s.eps.rule}")
+@pytest.mark.parametrize("chosen", ALL, ids=lambda s: f"{s.score}-{s.prune}-{s.eps.rule}-{s.budget}")
 def test_every_strategy_gives_a_partition_in_the_order_of_the_table_with_eps_in_range(chosen: Strategy) -> None:
     margins = margin_table()
     manifest, summary = prune(margins, chosen, EPS)
@@ -70,6 +72,7 @@ def test_every_strategy_gives_a_partition_in_the_order_of_the_table_with_eps_in_
     eps = found["eps"][found["kept"]]
     assert eps.min() >= 0
     assert eps.max() <= np.float32(EPS)
+    assert summary["steps_share"] == (summary["fraction_kept"] if chosen.budget == "scaled" else 1)
     assert summary["kept"] == found["kept"].sum() == summary["reasons"]["kept"]
     assert sum(summary["reasons"].values()) == summary["total"] == len(margins)
     assert manifest.equals(prune(margins, chosen, EPS)[0])
@@ -84,8 +87,8 @@ def test_the_kept_count_is_exactly_the_rounded_share(n: int, keep: float, seed: 
 
 def test_quotas_follow_the_largest_remainder() -> None:
     # 0.5 * (3, 5, 4) = 1.5, 2.5, 2: six in all, five floors, the first of the equal remainders gets the sixth.
-    assert quotas(np.array([3, 5, 4]), 0.5) == [2, 2, 2]
-    assert quotas(np.array([10, 20, 70]), 0.33) == [3, 7, 23]
+    assert quotas(np.array([3, 5, 4]), 0.5).tolist() == [2, 2, 2]
+    assert quotas(np.array([10, 20, 70]), 0.33).tolist() == [3, 7, 23]
 
 
 @pytest.mark.parametrize(("end", "sign"), [("highest", 1), ("lowest", -1)])

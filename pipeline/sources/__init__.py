@@ -6,16 +6,18 @@ from pydantic import Field
 
 from pipeline.sources.digits import DigitsParams
 from pipeline.sources.imagefolder import ImageFolderParams
-from pipeline.sources.npz import NpzParams
+from pipeline.sources.npz import NpyParams, NpzParams
 from pipeline.sources.parquet import ParquetParams
 from pipeline.sources.rows import Rows, stratified
 from pipeline.sources.source import Source, Split
 from pipeline.sources.torchvision_sets import TorchvisionParams
+from pipeline.sources.webdataset import WebDatasetParams
 
 __all__ = ["Rows", "Source", "SourceParams", "Split", "open_source", "stratified"]
 
 SourceParams = Annotated[
-    DigitsParams | TorchvisionParams | ParquetParams | ImageFolderParams | NpzParams, Field(discriminator="kind")
+    DigitsParams | TorchvisionParams | ParquetParams | ImageFolderParams | WebDatasetParams | NpzParams | NpyParams,
+    Field(discriminator="kind"),
 ]
 
 

@@ -1,25 +1,24 @@
-"""Images in one folder per class."""
+"""Images in one folder per class, on the disk, in one tar file, or in a tar file per class."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from pipeline.images import Labels
 from pipeline.params import InputError, Section
-from pipeline.sources.decode import TASK_ROWS, Encoded, decode, decode_all
-from pipeline.sources.rows import Rows, hold_out
-from pipeline.sources.source import Source, Split, SplitName
-
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+from pipeline.sources.classes import ClassParams, classes_of, describe
+from pipeline.sources.decode import decode_all, first_shape
+from pipeline.sources.source import Source, Split, SplitName, file_digests, held_out
+from pipeline.sources.trees import Listing, Tree, list_images, open_tree
 
 
 class ImageFolderParams(Section):
-    """`root`/`train`/<class>/**/<image>, and the same below `test`; `test: null` holds out `test_fraction` of every class.
+    """`root`/`train`/<class>/**/<image>, and the same below `test`; `test: null` holds out `test_fraction` of every class,
+    drawn from `seed`. `root` may be a tar file with these folders inside, and <class> a tar file of its images.
 
-    `size: null` wants images of one size; otherwise the shorter side is resized to it and the centre cut out.
+    `classes: null` takes every folder for a class. `size: null` wants images of one size; otherwise the shorter side is
+    resized to it and the centre cut out.
     """
 
     kind: Literal["imagefolder"]
@@ -28,78 +27,68 @@ class ImageFolderParams(Section):
     test: str | None = "test"
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     seed: NonNegativeInt = 0
+    classes: ClassParams | None = None
     size: PositiveInt | None = None
     channels: Literal[1, 3] = 3
 
     def open(self) -> Source:
-        return open_imagefolder(**self.model_dump(exclude={"kind"}))
+        return open_imagefolder(self)
 
 
-def open_imagefolder(
-    *, root: Path, train: str, test: str | None, test_fraction: float, seed: int, size: int | None, channels: int
-) -> Source:
-    """The folders of `train` are the classes, in the order of their names; so is the order of the images.
+def open_imagefolder(params: ImageFolderParams) -> Source:
+    """Classes in the order of their names (or as `classes` says); images in that of theirs.
 
     Raises:
-        InputError: a folder is missing or empty, or the test has a class that train has not.
+        InputError: a folder is missing or empty, a tar is damaged, or the test has a class that train has not.
     """
-    classes = class_folders(root / train)
-    files, labels = list_images(root / train, classes)
-    empty = sorted(set(classes) - {classes[label] for label in np.unique(labels)})
+    tree = open_tree(params.root, params.train)
+    if not tree.folders():
+        raise InputError(f"{tree.where}: wanted one folder of images per class, got a folder without folders")
+    classes, class_of = classes_of(tree.folders(), params.classes)
+    left_out = len(tree.folders()) - len(class_of)
+    listing = list_images(tree, class_of)
+    empty = [
+        name for name, count in zip(classes, np.bincount(listing.labels, minlength=len(classes)), strict=True) if not count
+    ]
     if empty:
-        raise InputError(f"{root / train}: wanted images in the folder of every class, found none in {', '.join(empty)}")
-    shape = (size, size, channels) if size else decode(str(files[0]), files[0], size=None, channels=channels).shape
-    origin: dict[str, Any] = {"kind": "imagefolder", "root": root.as_posix(), "train": train, "test": test, "size": size}
-    if test is None:
-        train_rows, test_rows = hold_out(labels, test_fraction, seed)
-        origin |= {"test_fraction": test_fraction, "seed": seed}
-        train_files, test_files = [files[row] for row in train_rows], [files[row] for row in test_rows]
-        train_labels, test_labels = labels[train_rows], labels[test_rows]
-    else:
-        check_test_classes(root / test, classes)
-        (train_files, train_labels), (test_files, test_labels) = (files, labels), list_images(root / test, classes)
-    splits: dict[SplitName, Split] = {
-        "train": file_split(train_files, train_labels, shape, size),
-        "test": file_split(test_files, test_labels, shape, size),
+        raise InputError(f"{tree.where}: wanted images in the folder of every class, found none in {', '.join(empty)}")
+    size, channels = params.size, params.channels
+    every = (encoded for batch in listing.encoded(np.arange(len(listing.labels))) for encoded in batch)
+    shape = (size, size, channels) if size else first_shape(every, channels)
+    train = folder_split(listing, tree, shape, size)
+    origin: dict[str, Any] = {
+        "kind": "imagefolder",
+        "root": params.root.as_posix(),
+        "train": params.train,
+        "test": params.test,
+        "size": size,
+        "classes": describe(params.classes),
+        "folders_left_out": left_out,
+        "tars": file_digests(tree.files),
     }
+    if params.test is None:
+        origin |= {"test_fraction": params.test_fraction, "seed": params.seed}
+        return Source(classes, shape, origin, held_out(train, params.test_fraction, params.seed))
+    test_tree = open_tree(params.root, params.test)
+    check_test_classes(test_tree, tree, params.classes is None)
+    test = folder_split(list_images(test_tree, class_of), test_tree, shape, size)
+    origin["tars"] |= file_digests({path: state for path, state in test_tree.files.items() if path not in tree.files})
+    splits: dict[SplitName, Split] = {"train": train, "test": test}
     return Source(classes, shape, origin, splits)
 
 
-def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in folder, sorted, hidden ones left out."""
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: wanted a folder with one folder of images per class, found none; `test: null` holds out images of train"
-        )
-    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-    if not names:
-        raise InputError(f"{folder}: wanted one folder of images per class, got a folder without folders")
-    return names
+def check_test_classes(test: Tree, train: Tree, all_folders: bool) -> None:
+    if not test.folders():
+        raise InputError(f"{test.where}: wanted one folder of images per class, got a folder without folders")
+    unknown = sorted(set(test.folders()) - set(train.folders()))
+    if unknown and all_folders:
+        raise InputError(f"{test.where}: wanted the classes of train, got also {', '.join(unknown)}")
 
 
-def check_test_classes(folder: Path, classes: tuple[str, ...]) -> None:
-    unknown = sorted(set(class_folders(folder)) - set(classes))
-    if unknown:
-        raise InputError(f"{folder}: wanted the classes of train, got also {', '.join(unknown)}")
-
-
-def list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], Labels]:
-    """Image files below the folder of each class, sorted within it, and their labels (n,)."""
-    by_class = [
-        sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-        for name in classes
-    ]
-    files = [path for paths in by_class for path in paths]
-    if not files:
-        raise InputError(f"{folder}: wanted images ({' '.join(sorted(SUFFIXES))}) in the folders of the classes, found none")
-    return files, np.repeat(np.arange(len(classes)), [len(paths) for paths in by_class])
-
-
-def file_split(files: list[Path], labels: Labels, shape: tuple[int, int, int], size: int | None) -> Split:
-    """A split of image files, one label each, decoded when they are read."""
-
-    def batches(rows: Rows) -> Iterator[list[Encoded]]:
-        for first in range(0, len(rows), TASK_ROWS):
-            yield [(str(files[row]), files[row]) for row in rows[first : first + TASK_ROWS]]
-
-    return Split(labels, lambda rows: decode_all(batches(rows), labels, rows, shape=shape, size=size))
+def folder_split(listing: Listing, tree: Tree, shape: tuple[int, int, int], size: int | None) -> Split:
+    """A split of listed images, decoded when they are read."""
+    return Split(
+        listing.labels,
+        lambda rows, corrupt: decode_all(listing.encoded(rows), listing.labels, rows, corrupt, shape=shape, size=size),
+        files=tree.files,
+    )

@@ -15,23 +15,28 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from pipeline.images import Chunk, Labels
 from pipeline.params import InputError, Section
-from pipeline.sources.npz_member import Member, open_member, reading
+from pipeline.sources.corrupt import Corrupt
+from pipeline.sources.npz_member import Member, open_array, open_member, reading
 from pipeline.sources.rows import Rows, permuted
 from pipeline.sources.source import (
+    Snapshot,
     Source,
     Split,
     SplitName,
     check_labels,
+    check_unchanged,
     chunk_rows,
     class_names,
     expand,
     expand_splits,
     pieces,
+    snapshot,
 )
 
 
 class NpzParams(Section):
-    """`train` and `test` are files or globs; `classes: null` numbers the classes."""
+    """`train` and `test` are files or globs; `classes: null` numbers the classes. With a `seed` the rows of each split come
+    in the order it draws (the store keeps the row each had); `filtered` as for `NpzSyntheticParams`."""
 
     kind: Literal["npz"]
     train: tuple[str, ...]
@@ -39,9 +44,33 @@ class NpzParams(Section):
     image_key: str = "image"
     label_key: str = "label"
     classes: tuple[str, ...] | None = None
+    seed: NonNegativeInt | None = None
+    filtered: bool | None = None
 
     def open(self) -> Source:
         return open_npz(**self.model_dump(exclude={"kind"}))
+
+
+class NpyPair(Section):
+    """Files or globs of images and, in the same order, of their labels."""
+
+    images: tuple[str, ...]
+    labels: tuple[str, ...]
+
+
+class NpyParams(Section):
+    """Pairs of .npy files: images uint8 (n, H, W, C) or (n, H, W) and integer labels (n,). `seed` as for npz."""
+
+    kind: Literal["npy"]
+    train: NpyPair
+    test: NpyPair
+    classes: tuple[str, ...] | None = None
+    seed: NonNegativeInt | None = None
+
+    def open(self) -> Source:
+        pairs: dict[SplitName, NpyPair] = {"train": self.train, "test": self.test}
+        archives = {name: Archives.open_pairs(expand(pair.images), expand(pair.labels)) for name, pair in pairs.items()}
+        return array_source("npy", archives, classes=self.classes, seed=self.seed, origin={})
 
 
 class NpzSyntheticParams(Section):
@@ -66,6 +95,7 @@ class Archives:
 
     images: tuple[Member, ...]
     labels: tuple[Member, ...]
+    files: Snapshot
 
     @classmethod
     def open(cls, files: Sequence[Path], image_key: str = "image", label_key: str = "label") -> "Archives":
@@ -74,14 +104,28 @@ class Archives:
         Raises:
             InputError: images are not uint8 (n, H, W, C), or (n, H, W) for grey, of one shape with one integer label each.
         """
-        pairs = [(open_member(file, image_key), open_member(file, label_key)) for file in files]
+        before = snapshot(files)
+        return cls.of([(open_member(file, image_key), open_member(file, label_key)) for file in files], before)
+
+    @classmethod
+    def open_pairs(cls, images: Sequence[Path], labels: Sequence[Path]) -> "Archives":
+        """As `open`, from .npy files, images and labels in the same order."""
+        if len(images) != len(labels):
+            raise InputError(f"{images[0]}: wanted as many files of labels as of images, got {len(labels)} and {len(images)}")
+        before = snapshot([*images, *labels])
+        pairs = zip(images, labels, strict=True)
+        return cls.of([(open_array(image, "image"), open_array(label, "label")) for image, label in pairs], before)
+
+    @classmethod
+    def of(cls, pairs: list[tuple[Member, Member]], files: Snapshot) -> "Archives":
+        """Check that pairs of images and labels belong together."""
         for images, labels in pairs:
             check_pair(images, labels)
             if images.shape[1:] != pairs[0][0].shape[1:]:
                 raise InputError(
                     f"{images.file}: wanted images {pairs[0][0].shape[1:]} as in {pairs[0][0].file}, got {images.shape[1:]}"
                 )
-        return cls(tuple(images for images, _ in pairs), tuple(labels for _, labels in pairs))
+        return cls(tuple(images for images, _ in pairs), tuple(labels for _, labels in pairs), files)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -98,9 +142,10 @@ class Archives:
         return int(self.starts[-1])
 
     def origin(self) -> list[dict[str, Any]]:
-        """Name as given of each file, and the CRC-32 that the archive keeps of its arrays: nothing has to be read for it."""
+        """Name as given of each file, its number of rows, and what tells its arrays apart: for an archive the CRC-32 that it
+        keeps, so that nothing has to be read."""
         return [
-            {"file": images.file.as_posix(), "crc32": {images.key: images.crc32, labels.key: labels.crc32}}
+            {"file": images.file.as_posix(), "rows": images.shape[0], "arrays": {m.key: m.digest for m in (images, labels)}}
             for images, labels in zip(self.images, self.labels, strict=True)
         ]
 
@@ -114,12 +159,17 @@ class Archives:
             for rows in parts:
                 images, labels = (self.gather(members, rows) for members in opened)
                 yield images.reshape(-1, *self.shape), labels.astype(np.int64)
+        check_unchanged(self.files)
 
     def gather(self, members: list[tuple[Member, IO[bytes], int]], rows: Rows) -> NDArray[Any]:
         """Rows (B,) of one array over all files: (B, ...)."""
+        files = np.searchsorted(self.starts, rows, side="right") - 1
+        if len(rows) and (files == files[0]).all():
+            member, file, start = members[files[0]]
+            with reading(member.file):
+                return member.rows(file, start, rows - self.starts[files[0]])
         first = members[0][0]
         found = np.empty((len(rows), *first.shape[1:]), first.dtype)
-        files = np.searchsorted(self.starts, rows, side="right") - 1
         for index in np.unique(files):
             member, file, start = members[index]
             with reading(member.file):
@@ -139,7 +189,14 @@ def check_pair(images: Member, labels: Member) -> None:
 
 
 def open_npz(
-    *, train: tuple[str, ...], test: tuple[str, ...], image_key: str, label_key: str, classes: tuple[str, ...] | None
+    *,
+    train: tuple[str, ...],
+    test: tuple[str, ...],
+    image_key: str,
+    label_key: str,
+    classes: tuple[str, ...] | None,
+    seed: int | None = None,
+    filtered: bool | None = None,
 ) -> Source:
     """Reads the labels; the images are read as they are streamed.
 
@@ -148,17 +205,24 @@ def open_npz(
     """
     files = expand_splits(train, test)
     archives = {name: Archives.open(paths, image_key, label_key) for name, paths in files.items()}
+    return array_source("npz", archives, classes=classes, seed=seed, origin={"filtered": filtered})
+
+
+def array_source(
+    kind: str, archives: dict[SplitName, Archives], *, classes: tuple[str, ...] | None, seed: int | None, origin: dict[str, Any]
+) -> Source:
+    """The source of two splits of arrays."""
     if archives["train"].shape != archives["test"].shape:
         raise InputError(
-            f"npz: wanted train and test images of one shape, got {archives['train'].shape} and {archives['test'].shape}"
+            f"{kind}: wanted train and test images of one shape, got {archives['train'].shape} and {archives['test'].shape}"
         )
     labels = {name: read_labels(archive) for name, archive in archives.items()}
     names = class_names(classes, labels["train"])
     for name, archive in archives.items():
         for member, part in zip(archive.labels, np.split(labels[name], archive.starts[1:-1]), strict=True):
             check_labels(part, len(names), member.file)
-    origin = {"kind": "npz", "files": {name: archive.origin() for name, archive in archives.items()}}
-    splits: dict[SplitName, Split] = {name: archive_split(archives[name], labels[name]) for name in files}
+    origin = origin | {"kind": kind, "files": {name: archive.origin() for name, archive in archives.items()}, "seed": seed}
+    splits = {name: archive_split(archive, labels[name], seed) for name, archive in archives.items()}
     return Source(names, archives["train"].shape, origin, splits)
 
 
@@ -171,8 +235,15 @@ def read_labels(archives: Archives) -> Labels:
     return np.concatenate(parts)
 
 
-def archive_split(archives: Archives, labels: Labels) -> Split:
-    return Split(labels, lambda rows: archives.chunks(pieces(rows, archives.shape), any_order=False))
+def archive_split(archives: Archives, labels: Labels, seed: int | None) -> Split:
+    """All rows, in their order or in that which the seed draws."""
+    order = None if seed is None else permuted(np.arange(len(labels)), len(labels), seed)
+
+    def read(rows: Rows, _: Corrupt) -> Iterator[Chunk]:
+        parts = (part if order is None else order[part] for part in pieces(rows, archives.shape))
+        return archives.chunks(parts, any_order=order is not None)
+
+    return Split(labels if order is None else labels[order], read, order, archives.files)
 
 
 def stream(
@@ -201,3 +272,8 @@ def stream(
     stop = count if stop is None else stop
     parts = (permuted(np.arange(first, min(first + size, stop)), len(archives), seed) for first in range(start, stop, size))
     return count, archives.chunks(parts, any_order=True)
+
+
+def source_rows(origin: dict[str, Any], rows: Rows) -> Rows:
+    """The row in the files, counted over all of them, of rows (B,) of a synthetic store that `stream` filled."""
+    return permuted(rows, sum(file["rows"] for file in origin["files"]), origin["seed"])

@@ -1,5 +1,6 @@
 """One array in an .npz archive, read by rows straight from the archive and never loaded."""
 
+import errno
 import shutil
 import struct
 import zipfile
@@ -15,8 +16,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.artifacts import digest_file
 from pipeline.params import InputError
 from pipeline.sources.rows import Rows
+from pipeline.sources.source import check_expansion
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Member:
     """One array in an .npz: its shape and type, and where its rows begin.
 
     `body` is the offset of the first row in the member, `stored_at` that of the member in the file, or None if compressed.
+    `digest` is what tells its content apart: the CRC-32 that the archive keeps, or a SHA-256.
     """
 
     file: Path
@@ -32,7 +36,7 @@ class Member:
     dtype: np.dtype[Any]
     body: int
     stored_at: int | None
-    crc32: str
+    digest: dict[str, str]
 
     @contextmanager
     def opened(self, *, any_order: bool) -> Iterator[tuple[IO[bytes], int]]:
@@ -59,24 +63,34 @@ class Member:
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        space = found.reshape(-1).view(np.uint8).data
         row_bytes = self.dtype.itemsize * prod(self.shape[1:])
         cuts = (np.flatnonzero(np.diff(ascending) != 1) + 1).tolist()
-        for first, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
-            file.seek(start + int(ascending[first]) * row_bytes)
-            data = file.read((stop - first) * row_bytes)
-            if len(data) != (stop - first) * row_bytes:
-                raise EOFError(f"{self.key!r} ends before its last row")
-            found[order[first:stop]] = np.frombuffer(data, self.dtype).reshape(-1, *self.shape[1:])
-        return found
+        offsets = (start + ascending * row_bytes).tolist()
+        for first, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True) if len(rows) else ():
+            file.seek(offsets[first])
+            filled, wanted = first * row_bytes, stop * row_bytes
+            while filled < wanted:
+                count = file.readinto(space[filled:wanted])  # type: ignore[attr-defined]
+                if not count:
+                    raise EOFError(f"{self.key!r} ends before its last row")
+                filled += count
+        if np.array_equal(order, np.arange(len(order))):
+            return found
+        in_order = np.empty_like(found)
+        in_order[order] = found
+        return in_order
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Path, kind: str = ".npz") -> Iterator[None]:
     """Whatever cannot be read in an archive becomes an InputError."""
     try:
         yield
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error) as error:
-        raise InputError(f"{file}: not a readable .npz file ({error}); fetch or write it again") from error
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # a compressed member fills the disk when it is unpacked
+        raise InputError(f"{file}: not a readable {kind} file ({error}); fetch or write it again") from error
 
 
 def open_member(file: Path, key: str) -> Member:
@@ -97,7 +111,23 @@ def open_member(file: Path, key: str) -> Member:
     wanted = body + dtype.itemsize * prod(shape)
     if entry.file_size != wanted:
         raise InputError(f"{file}: {key!r}: wanted {wanted} bytes for {dtype} {shape}, got {entry.file_size}; fetch it again")
-    return Member(file, key, shape, dtype, body, at, f"{entry.CRC:08x}")
+    check_expansion(f"{file}: {key!r}", entry.compress_size, entry.file_size)
+    return Member(file, key, shape, dtype, body, at, {"crc32": f"{entry.CRC:08x}"})
+
+
+def open_array(file: Path, key: str) -> Member:
+    """The array in an .npy file, which gets the name key; its header is read, and its bytes for the digest.
+
+    Raises:
+        InputError: not an array, an array of Python objects, or one cut short.
+    """
+    with reading(file, ".npy"), file.open("rb") as content:
+        shape, dtype = read_header(content, str(file))
+        body = content.tell()
+    wanted, got = body + dtype.itemsize * prod(shape), file.stat().st_size
+    if got != wanted:
+        raise InputError(f"{file}: wanted {wanted} bytes for {dtype} {shape}, got {got}; fetch it again")
+    return Member(file, key, shape, dtype, body, 0, {"file": file.as_posix(), "sha256": digest_file(file)})
 
 
 def read_header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:

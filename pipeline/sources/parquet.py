@@ -14,9 +14,19 @@ from pydantic import PositiveInt
 
 from pipeline.images import Labels
 from pipeline.params import InputError, Section
-from pipeline.sources.decode import TASK_ROWS, Encoded, decode, decode_all
+from pipeline.sources.decode import TASK_ROWS, Encoded, decode_all, first_shape
 from pipeline.sources.rows import Rows
-from pipeline.sources.source import Source, Split, check_labels, class_names, digests, expand_splits
+from pipeline.sources.source import (
+    Source,
+    Split,
+    SplitName,
+    check_expansion,
+    check_labels,
+    class_names,
+    digests,
+    expand_splits,
+    snapshot,
+)
 
 
 class ParquetParams(Section):
@@ -55,14 +65,25 @@ def open_parquet(
         InputError: no file, not Parquet, a column is missing or of another type, a label outside the classes.
     """
     files = expand_splits(train, test)
+    before = {name: snapshot(paths) for name, paths in files.items()}
     labels = {name: [read_labels(file, label_column) for file in paths] for name, paths in files.items()}
     names = class_names(classes or huggingface_names(files["train"][0], label_column), np.concatenate(labels["train"]))
     for name, paths in files.items():
         for file, file_labels in zip(paths, labels[name], strict=True):
             check_labels(file_labels, len(names), file)
             check_image_column(file, image_column)
-    shape = (size, size, channels) if size else first_shape(files["train"], image_column, channels)
-    splits = {name: file_split(paths, np.concatenate(labels[name]), image_column, shape, size) for name, paths in files.items()}
+    shape = (size, size, channels) if size else first_shape(all_images(files["train"], image_column), channels)
+
+    def split(name: SplitName) -> Split:
+        chosen, split_labels = files[name], np.concatenate(labels[name])
+        return Split(
+            split_labels,
+            lambda rows, corrupt: decode_all(
+                encoded(chosen, image_column, rows), split_labels, rows, corrupt, shape=shape, size=size
+            ),
+            files=before[name],
+        )
+
     origin = {
         "kind": "parquet",
         "files": digests(files),
@@ -70,7 +91,7 @@ def open_parquet(
         "label_column": label_column,
         "size": size,
     }
-    return Source(names, shape, origin, splits)
+    return Source(names, shape, origin, {"train": split("train"), "test": split("test")})
 
 
 @contextmanager
@@ -132,9 +153,14 @@ def image_leaf(file: Path, schema: pa.Schema, column: str) -> str:
 
 
 def check_image_column(file: Path, column: str) -> None:
-    """Raise an InputError unless the column holds encoded images."""
+    """Raise an InputError unless the column holds encoded images, of about the size that the file takes."""
     with reading(file) as parquet:
-        image_leaf(file, parquet.schema_arrow, column)
+        path = image_leaf(file, parquet.schema_arrow, column)
+        for group in range(parquet.num_row_groups):
+            described = parquet.metadata.row_group(group)
+            for chunk in (described.column(index) for index in range(described.num_columns)):
+                if chunk.path_in_schema == path:
+                    check_expansion(f"{file}: {column!r}", chunk.total_compressed_size, chunk.total_uncompressed_size)
 
 
 def leaf(table: pa.Table | pa.RecordBatch, column: str) -> Any:
@@ -144,21 +170,11 @@ def leaf(table: pa.Table | pa.RecordBatch, column: str) -> Any:
     return pc.struct_field(array, rest) if rest else array
 
 
-def file_split(files: list[Path], labels: Labels, column: str, shape: tuple[int, int, int], size: int | None) -> Split:
-    """A split of Parquet files, with labels (n,) over all of them, decoded as it is read."""
-    return Split(labels, lambda rows: decode_all(encoded(files, column, rows), labels, rows, shape=shape, size=size))
-
-
-def first_shape(files: list[Path], column: str, channels: int) -> tuple[int, int, int]:
-    """(H, W, C) of the first image.
-
-    Raises:
-        InputError: there is no image, or it cannot be decoded.
-    """
-    for batch in encoded(files, column, np.arange(1)):
-        height, width, _ = decode(*batch[0], size=None, channels=channels).shape
-        return height, width, channels
-    raise InputError(f"{files[0]}: wanted at least one image, got none")
+def all_images(files: list[Path], column: str) -> Iterator[Encoded]:
+    """Every encoded image, one by one."""
+    num_rows = sum(pq.read_metadata(file).num_rows for file in files)
+    for batch in encoded(files, column, np.arange(num_rows)):
+        yield from batch
 
 
 def encoded(files: list[Path], column: str, rows: Rows) -> Iterator[list[Encoded]]:

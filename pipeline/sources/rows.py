@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.hashing import mix
 from pipeline.images import Labels
 
 Rows = NDArray[np.int64]  # (n,)
@@ -33,13 +34,6 @@ def feistel(numbers: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) ->
     for key in keys:
         left, right = right, left ^ (mix(right ^ key) & mask)
     return (left << shift) | right
-
-
-def mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every bit in moves every bit out."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
 
 
 def stratified(labels: Labels, num_rows: int, seed: int) -> Rows:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.images import Images
 from pipeline.params import InputError
+from pipeline.sources.corrupt import Corrupt
 from tests.sources.samples import encode, joined, open_params, pixels
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -64,6 +65,83 @@ def test_a_size_makes_one_shape_of_images_of_all_sizes(tmp_path: Path) -> None:
     source = open_params(kind="imagefolder", root=tmp_path, test=None, test_fraction=0.5, size=8, channels=1)
     assert source.shape == (8, 8, 1)
     assert joined(source.splits["train"]())[0].shape == (2, 8, 8, 1)
+
+
+def pack(file: Path, folder: Path) -> None:
+    with tarfile.open(file, "w") as archive:
+        archive.add(folder, arcname=".")
+
+
+def test_a_tar_of_a_folder_and_a_tar_per_class_give_what_the_folder_gives(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    write_folder(root, "train", {"ant": pixels(5), "bee": pixels(4, seed=1)})
+    write_folder(root, "test", {"ant": pixels(2, seed=2)})
+    pack(tmp_path / "all.tar", root)
+    for folder in ("train/ant", "train/bee", "test/ant"):
+        (tmp_path / "tars" / folder).parent.mkdir(parents=True, exist_ok=True)
+        pack(tmp_path / "tars" / f"{folder}.tar", root / folder)
+    wanted = open_params(kind="imagefolder", root=root)
+    for other in ("all.tar", "tars"):
+        source = open_params(kind="imagefolder", root=tmp_path / other)
+        assert (source.classes, source.shape) == (wanted.classes, wanted.shape)
+        for name, split in source.splits.items():
+            for got, known in zip(joined(split()), joined(wanted.splits[name]()), strict=True):
+                np.testing.assert_array_equal(got, known)
+        assert len(source.origin["tars"]) == (1 if other == "all.tar" else 3)
+
+
+@needs_tiny_imagenet
+def test_a_mapping_file_and_a_class_list_choose_among_the_classes_of_tiny_imagenet_in_its_tar(tmp_path: Path) -> None:
+    inside = {"train": "tiny-imagenet-20/train", "test": "tiny-imagenet-20/val", "size": 32}
+    (tmp_path / "map.tsv").write_text("# a comment\nn01443537\tfish\nn01629819\tamphibian\nn01641577\tamphibian\nn99\tother\n")
+    mapped = open_params(kind="imagefolder", root=TINY_IMAGENET, classes={"by": "file", "file": tmp_path / "map.tsv"}, **inside)
+    assert (mapped.classes, mapped.shape) == (("amphibian", "fish"), (32, 32, 3))
+    assert np.bincount(mapped.splits["train"].labels).tolist() == [1000, 500]
+    assert np.bincount(mapped.splits["test"].labels).tolist() == [100, 50]
+    assert mapped.origin["folders_left_out"] == 17
+    (tmp_path / "list.txt").write_text("n01641577\n\n")
+    listed = open_params(
+        kind="imagefolder",
+        root=TINY_IMAGENET,
+        classes={"by": "list", "names": ["n01443537"], "file": tmp_path / "list.txt"},
+        **inside,
+    )
+    assert listed.classes == ("n01443537", "n01641577")
+    rows = np.array([0, 499])
+    np.testing.assert_array_equal(
+        joined(listed.splits["test"](np.arange(50)))[0], joined(mapped.splits["test"](np.arange(100, 150)))[0]
+    )
+    assert joined(listed.splits["train"](rows))[1].tolist() == [0, 0]
+
+
+def test_a_tar_that_has_its_folders_elsewhere_says_what_it_has(tmp_path: Path) -> None:
+    write_folder(tmp_path / "root", "train", {"ant": pixels(2)})
+    pack(tmp_path / "all.tar", tmp_path / "root")
+    with pytest.raises(InputError, match=r"all\.tar: training: wanted one folder of images per class there, .* has train"):
+        open_params(kind="imagefolder", root=tmp_path / "all.tar", train="training")
+
+
+def test_a_corrupt_image_that_decides_the_shape_is_passed_over(tmp_path: Path) -> None:
+    write_folder(tmp_path, "train", {"ant": pixels(4), "bee": pixels(4)})
+    (tmp_path / "train" / "ant" / "images" / "000.png").write_bytes(b"damaged")
+    source = open_params(kind="imagefolder", root=tmp_path, test=None, test_fraction=0.25)
+    assert source.shape == (6, 5, 3)
+    corrupt = Corrupt(limit=1)
+    counts = [len(joined(split(None, corrupt))[0]) for split in source.splits.values()]
+    assert sum(counts) == 7
+    assert corrupt.rows == [0]
+
+
+def test_a_tar_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    write_folder(tmp_path / "root", "train", {"ant": pixels(4), "bee": pixels(4)})
+    pack(tmp_path / "all.tar", tmp_path / "root")
+    source = open_params(kind="imagefolder", root=tmp_path / "all.tar", test=None, test_fraction=0.25)
+    stream = source.splits["train"]()
+    next(stream)
+    with (tmp_path / "all.tar").open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(InputError, match=r"all\.tar: has changed while it was read"):
+        list(stream)
 
 
 def damage_nothing(_: Path) -> None: ...

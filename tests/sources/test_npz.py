@@ -1,6 +1,8 @@
 """The .npz reader gives what numpy.load gives, without loading it; any part of its seeded order can be taken alone."""
 
+import hashlib
 import io
+import os
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 from pipeline.images import Chunk
 from pipeline.params import InputError
 from pipeline.sources import source
-from pipeline.sources.npz import Archives, NpzParams, open_npz, stream
+from pipeline.sources.corrupt import Corrupt
+from pipeline.sources.npz import Archives, NpyPair, NpyParams, NpzParams, open_npz, source_rows, stream
 from pipeline.sources.rows import permuted
 from tests.sources.samples import joined
 
@@ -56,8 +59,8 @@ def test_a_source_gives_the_arrays_that_numpy_loads(tmp_path: Path, compressed: 
 def test_the_origin_names_the_files_with_the_checksums_of_their_arrays(tmp_path: Path) -> None:
     file = save(tmp_path / "a.npz", sample(10))
     with zipfile.ZipFile(file) as archive:
-        checksums = {key: f"{archive.getinfo(f'{key}.npy').CRC:08x}" for key in ("image", "label")}
-    assert Archives.open([Path(file)]).origin() == [{"file": file, "crc32": checksums}]
+        checksums = {key: {"crc32": f"{archive.getinfo(f'{key}.npy').CRC:08x}"} for key in ("image", "label")}
+    assert Archives.open([Path(file)]).origin() == [{"file": file, "rows": 10, "arrays": checksums}]
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -210,3 +213,71 @@ def test_the_temporary_copy_of_a_compressed_archive_is_gone_afterwards(tmp_path:
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
     assert not list((tmp_path / "spool").iterdir())
+
+
+def test_a_seeded_source_is_permuted_and_keeps_the_rows_it_came_from(tmp_path: Path) -> None:
+    chunk = sample(50)
+    train, test = save(tmp_path / "a.npz", chunk), save(tmp_path / "b.npz", sample(9, 1))
+    split = NpzParams(kind="npz", train=(train,), test=(test,), seed=4, filtered=True).open().splits["train"]
+    order = permuted(np.arange(50), 50, 4)
+    same(joined(split()), (chunk[0][order], chunk[1][order]))
+    rows = np.array([3, 20, 49])
+    same(joined(split(rows)), (chunk[0][order[rows]], chunk[1][order[rows]]))
+    assert split.source_rows(rows, Corrupt()).tolist() == order[rows].tolist()
+
+
+def test_the_source_row_of_a_drawn_image_follows_from_the_origin(tmp_path: Path) -> None:
+    chunks = [sample(40, 1), sample(61, 2)]
+    files = [Path(save(tmp_path / f"{index}.npz", chunk)) for index, chunk in enumerate(chunks)]
+    images, _ = joined(stream([str(file) for file in files], seed=5)[1])
+    origin = {"files": Archives.open(files).origin(), "seed": 5}
+    rows = np.array([0, 17, 100])
+    np.testing.assert_array_equal(images[rows], joined(chunks)[0][source_rows(origin, rows)])
+
+
+def test_pairs_of_npy_files_give_their_arrays(tmp_path: Path) -> None:
+    for name, (images, labels) in (("a", sample(30)), ("b", sample(12, 1)), ("t", sample(9, 2))):
+        np.save(tmp_path / f"{name}-x.npy", images)
+        np.save(tmp_path / f"{name}-y.npy", labels)
+    both = NpyPair(images=(f"{tmp_path}/[ab]-x.npy",), labels=(f"{tmp_path}/[ab]-y.npy",))
+    test = NpyPair(images=(f"{tmp_path}/t-x.npy",), labels=(f"{tmp_path}/t-y.npy",))
+    opened = NpyParams(kind="npy", train=both, test=test).open()
+    same(joined(opened.splits["train"]()), joined([sample(30), sample(12, 1)]))
+    same(joined(opened.splits["test"]()), sample(9, 2))
+    digest = opened.origin["files"]["test"][0]["arrays"]["image"]["sha256"]
+    assert digest == hashlib.sha256((tmp_path / "t-x.npy").read_bytes()).hexdigest()
+    seeded = NpyParams(kind="npy", train=both, test=test, seed=1).open().splits["train"]
+    same(joined(seeded()), tuple(part[permuted(np.arange(42), 42, 1)] for part in joined([sample(30), sample(12, 1)])))  # type: ignore[arg-type]
+
+
+def test_bad_npy_files_are_refused_by_name_and_no_object_is_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", IMAGES)
+    np.save(tmp_path / "y.npy", LABELS)
+    np.save(tmp_path / "objects.npy", np.array([{}], object))
+    (tmp_path / "short.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-1])
+    for images, labels, message in [
+        ("objects", "y", "objects.npy: wanted numbers, got an array of Python objects"),
+        ("short", "y", "short.npy: wanted 488 bytes for uint8 (10, 4, 3, 3), got 487"),
+        ("[x]", "[xy]", "x.npy: wanted as many files of labels as of images, got 2 and 1"),
+        ("y", "y", "y.npy: 'image': wanted uint8 (n, H, W, C), got int64 (10,)"),
+    ]:
+        pair = NpyPair(images=(f"{tmp_path}/{images}.npy",), labels=(f"{tmp_path}/{labels}.npy",))
+        with pytest.raises(InputError) as error:
+            NpyParams(kind="npy", train=pair, test=pair).open()
+        assert message in str(error.value)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    zeros = np.zeros((25_000, 64, 64, 1), np.uint8)  # 102 MB in 100 KB
+    file = save(tmp_path / "a.npz", (zeros, np.zeros(25_000, np.int64)), compressed=True)
+    with pytest.raises(InputError, match=r"a\.npz: 'image': \d+ bytes would become 102400128: a decompression bomb, refused"):
+        stream([file], seed=0)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    file = Path(save(tmp_path / "a.npz", sample(40)))
+    _, chunks = stream([str(file)], seed=0)
+    next(chunks)
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(InputError, match=r"a\.npz: has changed while it was read; wait until it is complete"):
+        list(chunks)

@@ -123,7 +123,7 @@ BAD_PARQUET: dict[str, tuple[list[Any], Any, dict[str, Any], str]] = {
     "label out of range": (GOOD, [0, 1, 2], {"classes": ("ant", "bee")}, "row 2: wanted a label in [0, 2), got 2"),
     "too many classes": (GOOD, [0, 1, 40_000], {}, "wanted at most 32767 classes, got the label 40000"),
     "damaged": ([*GOOD[:2], {"bytes": GOOD[2]["bytes"][:-40], "path": ""}], [0, 1, 0], {}, "row 2: not a readable image"),
-    "not an image": ([*GOOD[:2], {"bytes": b"abc", "path": ""}], [0, 1, 0], {}, "row 2: not a readable image (cannot identify"),
+    "not an image": ([*GOOD[:2], {"bytes": b"abc", "path": ""}], [0, 1, 0], {}, "row 2: not a readable image (of no known"),
     "mixed sizes": ([*GOOD[:2], OTHER_SIZE[2]], [0, 1, 0], {}, "row 2: wanted 6 x 5 pixels as the first image, got 4 x 5"),
     "16 bits": (
         [*GOOD[:2], {"bytes": encode(np.zeros((6, 5), np.uint16)), "path": ""}], [0, 1, 0], {},
@@ -170,3 +170,19 @@ def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"PAR1 or not")
     with pytest.raises(InputError, match=r"train\.parquet: not a readable Parquet file"):
         open_params(kind="parquet", train=(f"{tmp_path}/train.parquet",), test=(f"{tmp_path}/test.parquet",))
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    bomb = write_parquet(tmp_path / "a.parquet", [bytes(2**26 + 1)], [0], pa.binary(), compression="zstd", use_dictionary=False)
+    test = write_parquet(tmp_path / "b.parquet", GOOD, [0, 0, 0])
+    with pytest.raises(InputError, match=r"a\.parquet: 'img': \d+ bytes would become \d+: a decompression bomb, refused"):
+        open_params(kind="parquet", image_column="img", train=(bomb,), test=(test,))
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    files = [Path(write_parquet(tmp_path / f"{name}.parquet", GOOD, [0, 1, 0])) for name in "ab"]
+    stream = open_params(kind="parquet", train=(str(files[0]),), test=(str(files[1]),)).splits["train"]()
+    next(stream)
+    write_parquet(files[0], GOOD[::-1], [0, 1, 0])
+    with pytest.raises(InputError, match=r"a\.parquet: has changed while it was read"):
+        list(stream)

@@ -1,0 +1,188 @@
+"""Artifacts for people: what is in a store, a margin table or a manifest, as lines of text and a contact sheet."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, read_json, scan_table, table_parts
+from pipeline.images import ImageStore, StoreHeader
+from pipeline.manifest import source_codes
+from pipeline.params import InputError
+from pipeline.selection import CHUNK_ROWS
+
+QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
+GROUPS = ("lowest", "middle", "highest")
+TILE, GAP, LINE = 48, 4, 12  # pixels of a picture, between pictures, and of a line of text
+NAME_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a sheet, and what is written below it."""
+
+    image: NDArray[np.uint8]
+    note: str
+
+
+Row = tuple[str, list[list[Cell]]]  # the class, and its pictures by group
+
+
+def describe(path: Path) -> list[str]:
+    """Schema, counts and quantiles of the artifact at path, line by line.
+
+    Raises:
+        InputError: it is none that can be shown, or it is damaged.
+    """
+    if (path / "store.json").is_file():
+        return describe_store(path)
+    if (path / "manifest.parquet").is_file():
+        summary = read_json(path / "summary.json")
+        lines = [f"{path}: manifest", *schema_lines(MANIFEST_SCHEMA, {}), ""]
+        lines += [f"kept {summary['kept']} of {summary['total']} ({summary['fraction_kept']:.1%})"]
+        lines += counts("reason", summary["reasons"])
+        by_class = sorted(summary["by_class"].items(), key=lambda item: int(item[0]))
+        for name, values in (("source", summary["by_source"].items()), ("class", by_class)):
+            lines += counts(name, {key: f"{value['kept']} of {value['total']}" for key, value in values})
+        return lines + quantile_lines({"eps": column(path / "manifest.parquet", MANIFEST_SCHEMA, "eps")})
+    if path.is_dir() and list(path.glob("part-*.parquet")):
+        return describe_margins(path)
+    raise InputError(f"{path}: wanted an image store, a margin table or a manifest, such as data/real/train or data/margins")
+
+
+def describe_store(path: Path) -> list[str]:
+    header, store = StoreHeader.read(path), ImageStore.open(path)
+    size = " x ".join(map(str, store.shape))
+    lines = [f"{path}: image store, {len(store)} images of {size} uint8 in {len(header.shards)} shards"]
+    lines += counts("class", dict(zip(header.classes, header.class_counts, strict=True)))
+    return [*lines, *counts("origin", header.origin)]
+
+
+def describe_margins(path: Path) -> list[str]:
+    found = pq.read_schema(table_parts(path, MARGINS_SCHEMA)[0]).metadata or {}
+    metadata = {key.decode(): value.decode() for key, value in found.items()}
+    lines = [f"{path}: margin table", *schema_lines(MARGINS_SCHEMA, metadata), ""]
+    rows = dict.fromkeys(SOURCES, 0)
+    wrong = missing = 0
+    for batch in scan_table(path, MARGINS_SCHEMA, ["source", "label", "predicted", "converged"], CHUNK_ROWS):
+        for code, count in zip(*np.unique(source_codes(batch), return_counts=True), strict=True):
+            rows[SOURCES[code]] += int(count)
+        wrong += int(np.count_nonzero(batch["label"].to_numpy() != batch["predicted"].to_numpy()))
+        missing += len(batch) - batch["converged"].true_count
+    lines += counts("source", rows) + counts("rows that are", {"misclassified": wrong, "not converged": missing})
+    names = [field.name for field in MARGINS_SCHEMA if pa.types.is_floating(field.type)]
+    return lines + quantile_lines({name: column(path, MARGINS_SCHEMA, name) for name in names})
+
+
+def schema_lines(schema: pa.Schema, metadata: dict[str, str]) -> list[str]:
+    lines = [f"  {field.name:14} {field.type}{'' if field.nullable else ', never null'}" for field in schema]
+    return lines + [f"  {key}: {value}" for key, value in sorted(metadata.items())]
+
+
+def counts(title: str, values: dict[str, Any]) -> list[str]:
+    return [title, *(f"  {name:24} {value}" for name, value in values.items())]
+
+
+def column(path: Path, schema: pa.Schema, name: str) -> NDArray[np.float32]:
+    """All values of a column that are not null."""
+    batches = [batch.column(0).drop_null().to_numpy() for batch in scan_table(path, schema, [name], CHUNK_ROWS)]
+    return np.concatenate(batches) if batches else np.empty(0, np.float32)
+
+
+def quantile_lines(columns: dict[str, NDArray[np.float32]]) -> list[str]:
+    lines = ["quantiles", "  " + " " * 14 + "".join(f"{q:>10g}" for q in QUANTILES)]
+    for name, values in columns.items():
+        found = np.quantile(values, QUANTILES).tolist() if len(values) else []
+        lines.append(f"  {name:14}" + ("".join(f"{value:10.4g}" for value in found) or "  no value"))
+    return lines
+
+
+def sheet(path: Path, data: Path, *, per_group: int, max_classes: int) -> Image.Image:
+    """The contact sheet of a store (the first images of each class), or of a margin table or a manifest (the images of
+    lowest, middle and highest margin of each class, of a manifest the kept ones). Stores and margins are looked for
+    below data.
+
+    Raises:
+        InputError: an artifact that it needs is missing or was made for other images.
+    """
+    if (path / "store.json").is_file():
+        return draw(store_rows(ImageStore.open(path), per_group, max_classes), ["first images"])
+    stores = {"real": ImageStore.open(data / "real" / "train"), "synthetic": ImageStore.open(data / "synthetic")}
+    manifest = path / "manifest.parquet"
+    kept = None
+    if manifest.is_file():
+        kept = np.concatenate(
+            [b["kept"].to_numpy(zero_copy_only=False) for b in scan_table(manifest, MANIFEST_SCHEMA, ["kept"], CHUNK_ROWS)]
+        )
+    margins = data / "margins" if kept is not None else path
+    return draw(margin_rows(margins, kept, stores, per_group, max_classes), [f"{name} margins" for name in GROUPS])
+
+
+def store_rows(store: ImageStore, count: int, max_classes: int) -> Iterator[Row]:
+    for label, name in enumerate(store.classes[:max_classes]):
+        rows = np.flatnonzero(store.labels == label)[:count]
+        yield name, [[Cell(image, str(row)) for row, image in zip(rows, store.batch(rows), strict=True)]]
+
+
+def margin_rows(
+    margins: Path, kept: NDArray[np.bool_] | None, stores: dict[str, ImageStore], count: int, max_classes: int
+) -> Iterator[Row]:
+    batches = list(scan_table(margins, MARGINS_SCHEMA, ["label", "margin"], CHUNK_ROWS))
+    label = np.concatenate([batch["label"].to_numpy() for batch in batches])
+    margin = np.concatenate([batch["margin"].to_numpy(zero_copy_only=False) for batch in batches])
+    del batches
+    num_real = len(stores["real"])
+    if len(label) != num_real + len(stores["synthetic"]) or (kept is not None and len(kept) != len(label)):
+        raise InputError(f"{margins}: its {len(label)} rows are not those of the stores or of the manifest; run `dvc repro`")
+    shown = ~np.isnan(margin) if kept is None else ~np.isnan(margin) & kept
+    for index, name in enumerate(stores["real"].classes[:max_classes]):
+        rows = np.flatnonzero(shown & (label == index))
+        rows = rows[np.argsort(margin[rows], kind="stable")]
+        groups = []
+        for chosen in thirds(rows, count):
+            cells = []
+            for row in chosen:
+                source, local = ("real", row) if row < num_real else ("synthetic", row - num_real)
+                cells.append(Cell(stores[source].batch(np.array([local]))[0], f"{margin[row]:.3g}"))
+            groups.append(cells)
+        yield name, groups
+
+
+def thirds(ordered: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+    """The first, the middle and the last count of ordered (n,), or of each third where n is small; none is in two."""
+    count = min(count, len(ordered) // 3)
+    middle = (len(ordered) - count) // 2
+    return [ordered[:count], ordered[middle : middle + count], ordered[len(ordered) - count :]]
+
+
+def draw(rows: Iterator[Row], titles: Sequence[str]) -> Image.Image:
+    """One row of pictures per class."""
+    table = list(rows)
+    width = max((len(group) for _, groups in table for group in groups), default=0) * (TILE + GAP) + 3 * GAP
+    height = TILE + LINE + GAP
+    canvas = Image.new("RGB", (NAME_WIDTH + max(width, 90) * len(titles), LINE + GAP + height * len(table)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for index, title in enumerate(titles):
+        pen.text((NAME_WIDTH + index * max(width, 90), 0), title, fill="black")
+    for line, (name, groups) in enumerate(table):
+        top = LINE + GAP + line * height
+        pen.text((2, top + TILE // 2 - LINE // 2), name[:17], fill="black")
+        for index, group in enumerate(groups):
+            for place, cell in enumerate(group):
+                left = NAME_WIDTH + index * max(width, 90) + place * (TILE + GAP)
+                canvas.paste(picture(cell.image), (left, top))
+                pen.text((left, top + TILE), cell.note, fill="black")
+    return canvas
+
+
+def picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    """uint8 (H, W, C) in a square of TILE pixels."""
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+    smooth = max(image.size) > TILE
+    return image.resize((TILE, TILE), Image.Resampling.BOX if smooth else Image.Resampling.NEAREST)
