@@ -14,16 +14,19 @@ from pipeline.artifacts import digest_file, read_json, write_json
 from pipeline.edm.network import NetworkParams, UNet, build_unet
 from pipeline.params import InputError, explain
 
+WEIGHTS = "generator.safetensors"
+
 
 @dataclass(frozen=True)
 class EdmGenerator:
-    """A loaded generator; `digest` is that of its weights."""
+    """A loaded generator; `digest` is that of its weights, `licence` that which binds what is made with it."""
 
     net: UNet
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     sigma_data: float
     digest: str
+    licence: str | None
 
 
 def save_generator(
@@ -37,9 +40,9 @@ def save_generator(
     origin: dict[str, Any],
     curve: list[tuple[int, float]],
 ) -> None:
-    """Write the weights of net, their description, and the loss curve (step, loss); shape is (H, W, C)."""
+    """Write the weights of net, their description, and the loss curve (step, loss) where there is one; shape is (H, W, C)."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(state, directory / "generator.safetensors")
+    save_file(state, directory / WEIGHTS)
     description = {
         "kind": "edm",
         "network": network.model_dump(),
@@ -49,9 +52,10 @@ def save_generator(
         "origin": origin,
     }
     write_json(directory / "generator.json", description)
-    with (directory / "training.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([("step", "loss"), *curve])
+    if curve:
+        with (directory / "training.csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("step", "loss"), *curve])
 
 
 def save_no_generator(directory: Path) -> None:
@@ -73,7 +77,7 @@ def load_generator(
             f"{directory}: wanted a generator of kind edm to draw images from, got kind {description.get('kind')}; "
             "in params.yaml set generator.kind: edm, or synthesize.source.kind to npz or none"
         )
-    weights = directory / "generator.safetensors"
+    weights = directory / WEIGHTS
     try:
         found = tuple(description["classes"]), tuple(description["shape"])
         network = NetworkParams.model_validate(description["network"])
@@ -81,7 +85,7 @@ def load_generator(
             raise InputError(f"{directory}: wanted a generator of {shape} images of {classes}, got one of {found[::-1]}")
         net = build_unet(network, shape, len(classes), seed=0)
         net.load_state_dict(load_file(weights))
-        sigma_data = float(description["sigma_data"])
+        sigma_data, licence = float(description["sigma_data"]), description["origin"].get("licence")
     except ValidationError as error:
         raise InputError(f"{directory}/generator.json: network: {explain(error)}; rerun the generator stage") from None
     except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
@@ -89,4 +93,4 @@ def load_generator(
             f"{directory}: wanted weights that fit generator.json, but: {error}; rerun the generator stage"
         ) from None
     net = net.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
-    return EdmGenerator(net, classes, shape, sigma_data, digest_file(weights))
+    return EdmGenerator(net, classes, shape, sigma_data, digest_file(weights), licence)

@@ -59,7 +59,8 @@ def build_unet(params: NetworkParams, shape: tuple[int, int, int], num_classes: 
 
 
 class UNet(nn.Module):
-    """Scaled noisy images (B, C, H, W), noise levels c_noise (B,) and labels (B,) int64 -> F of eq. 7, (B, C, H, W).
+    """Scaled noisy images (B, C, H, W), noise levels c_noise (B,), labels (B,) int64 -> F of eq. 7 (B, C, H, W). Labels None:
+    no image has one.
 
     Dropout, of activations and of labels, happens only where a generator is given, whatever train() or eval() says.
     """
@@ -103,7 +104,7 @@ class UNet(nn.Module):
         self.dec[f"{resolution}x{resolution}_aux_norm"] = group_norm(current)
         self.dec[f"{resolution}x{resolution}_aux_conv"] = conv(current, image_channels, 3, gain=0)
 
-    def forward(self, x: Tensor, noise: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         embedding = self.embed(noise, labels, generator)
         first, *encoder = self.enc.values()
         *decoder, last_norm, last_conv = self.dec.values()
@@ -117,11 +118,14 @@ class UNet(nn.Module):
         output: Tensor = last_conv(F.silu(last_norm(x)))
         return output
 
-    def embed(self, noise: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+    def embed(self, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Noise levels (B,) and labels (B,) -> what conditions every block (B, 4 channels)."""
-        one_hot = F.one_hot(labels, self.num_classes).to(noise.dtype)
+        if labels is None:
+            one_hot = noise.new_zeros(len(noise), self.num_classes)
+        else:
+            one_hot = F.one_hot(labels, self.num_classes).to(noise.dtype)
         if generator is not None and self.label_dropout:
-            kept = torch.rand(len(labels), 1, generator=generator, device=noise.device) >= self.label_dropout
+            kept = torch.rand(len(noise), 1, generator=generator, device=noise.device) >= self.label_dropout
             one_hot = one_hot * kept
         # sqrt(K): a one-hot vector of K classes then has the mean square 1 that the initialisation expects
         labelled = self.map_label(one_hot * math.sqrt(self.num_classes))

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (c_in x (B, C, H, W), c_noise (B,), labels (B,), generator of dropout or None) -> (B, C, H, W)
-Network = Callable[[Tensor, Tensor, Tensor, torch.Generator | None], Tensor]
+# (c_in x (B, C, H, W), c_noise (B,), labels (B,) or None for no class, generator of dropout or None) -> (B, C, H, W)
+Network = Callable[[Tensor, Tensor, Tensor | None, torch.Generator | None], Tensor]
 
 
 def c_skip(sigma: Tensor, sigma_data: float) -> Tensor:
@@ -35,7 +35,12 @@ def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 def denoise(
-    network: Network, x: Tensor, sigma: Tensor, labels: Tensor, sigma_data: float, generator: torch.Generator | None = None
+    network: Network,
+    x: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+    sigma_data: float,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """D(x; sigma) of eq. 7: x (B, C, H, W) with noise of levels sigma (B,) -> the expected clean image (B, C, H, W).
 
@@ -44,6 +49,15 @@ def denoise(
     level = sigma.view(-1, 1, 1, 1)
     output = network(c_in(level, sigma_data) * x, c_noise(sigma), labels, generator)
     return c_skip(level, sigma_data) * x + c_out(level, sigma_data) * output
+
+
+def guided_denoise(network: Network, x: Tensor, sigma: Tensor, labels: Tensor, sigma_data: float, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans, arXiv:2207.12598) in terms of denoisers: D(x | none) + scale (D(x | label) -
+    D(x | none)), as `denoise` for scale 1. The network must have been trained with label dropout."""
+    conditional = denoise(network, x, sigma, labels, sigma_data)
+    if scale == 1:
+        return conditional
+    return torch.lerp(denoise(network, x, sigma, None, sigma_data), conditional, scale)
 
 
 def denoising_loss(

@@ -134,6 +134,12 @@ def test_dropped_labels_no_longer_matter_and_only_with_a_generator() -> None:
     assert not torch.equal(net(x, noise, labels), net(x, noise, labels, generator))
 
 
+def test_no_labels_are_dropped_labels() -> None:
+    net = perturbed(tiny(label_dropout=1.0))
+    x, noise, labels = inputs()
+    torch.testing.assert_close(net(x, noise, None), net(x, noise, labels, torch.Generator()))
+
+
 def test_label_dropout_drops_its_share() -> None:
     net = perturbed(tiny(label_dropout=0.3))
     labels, noise = torch.full((2000,), 3), torch.zeros(2000)

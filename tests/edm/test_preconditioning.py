@@ -10,7 +10,7 @@ SIGMA_DATA = 0.6
 SIGMAS = torch.tensor([0.002, 0.05, 0.3, 0.6, 2.0, 80.0], dtype=torch.float64)
 
 
-def zero_network(x: Tensor, noise: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:  # noqa: ARG001
+def zero_network(x: Tensor, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> Tensor:  # noqa: ARG001
     return torch.zeros_like(x)
 
 

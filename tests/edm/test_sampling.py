@@ -1,5 +1,6 @@
 """The solver against closed forms: for a Gaussian the flow is linear, for a mixture its denoiser is known."""
 
+import copy
 import math
 from itertools import pairwise
 from typing import Any
@@ -11,12 +12,23 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.edm.network import NetworkParams, UNet, build_unet
-from pipeline.edm.sampling import Denoiser, SamplerParams, heun, image_noise, sample_images, sigma_schedule, to_uint8
+from pipeline.edm.preconditioning import c_in, c_out, c_skip, guided_denoise
+from pipeline.edm.sampling import (
+    Denoiser,
+    SamplerParams,
+    heun,
+    image_noise,
+    image_sampler,
+    sample_images,
+    sigma_schedule,
+    to_uint8,
+)
 from pipeline.edm.training import from_uint8
 from pipeline.images import Images, Labels
+from pipeline.params import InputError
 
-DEFAULTS = SamplerParams().model_dump()
-FAST: dict[str, Any] = {"num_steps": 3, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+DEFAULTS = SamplerParams().model_dump(include={"num_steps", "sigma_min", "sigma_max", "rho"})
+FAST: dict[str, Any] = {"num_steps": 3}
 MEAN = torch.tensor([0.3, -0.2], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.30, 0.12], [0.12, 0.10]], dtype=torch.float64)
 
@@ -131,8 +143,10 @@ def net() -> UNet:
     return net
 
 
-def sampled(net: UNet, start: int, stop: int, batch_size: int, seed: int = 0) -> tuple[Images, Labels]:
-    chunks = list(sample_images(net, start, stop, batch_size=batch_size, seed=seed, sigma_data=0.5, **FAST))
+def sampled(net: UNet, start: int, stop: int, batch_size: int, seed: int = 0, **more: Any) -> tuple[Images, Labels]:
+    chunks = list(
+        sample_images(net, start, stop, batch_size=batch_size, seed=seed, sigma_data=0.5, sampler=SamplerParams(**FAST, **more))
+    )
     assert all(len(images) <= batch_size for images, _ in chunks)
     return np.concatenate([images for images, _ in chunks]), np.concatenate([labels for _, labels in chunks])
 
@@ -165,10 +179,94 @@ def test_progress_counts_the_images(net: UNet) -> None:
     calls: list[tuple[int, int]] = []
     list(
         sample_images(
-            net, 3, 10, batch_size=4, seed=0, sigma_data=0.5, **FAST, progress=lambda done, total: calls.append((done, total))
+            net,
+            3,
+            10,
+            batch_size=4,
+            seed=0,
+            sigma_data=0.5,
+            sampler=SamplerParams(**FAST),
+            progress=lambda done, total: calls.append((done, total)),
         )
     )
     assert calls == [(1, 7), (5, 7), (7, 7)]
+
+
+def with_label_dropout(net: UNet) -> UNet:
+    dropping = copy.deepcopy(net)
+    dropping.label_dropout = 0.1
+    return dropping
+
+
+def test_guidance_of_scale_one_is_off_and_another_is_not(net: UNet) -> None:
+    dropping = with_label_dropout(net)
+    plain = sampled(net, 0, 8, 8)[0].astype(int)
+    np.testing.assert_array_equal(sampled(dropping, 0, 8, 8, guidance_scale=1.0)[0], plain)
+    for scale in (0.0, 2.0):
+        assert np.abs(sampled(dropping, 0, 8, 8, guidance_scale=scale)[0].astype(int) - plain).max() > 5
+
+
+def test_without_guidance_by_class_all_classes_give_the_same_image(net: UNet) -> None:
+    """Scale 0 is the network without labels, so a row is its noise alone."""
+    dropping = with_label_dropout(net)
+    sampler = image_sampler(dropping, 0, 0.5, SamplerParams(**FAST, guidance_scale=0.0))
+    one, other = (sampler(np.arange(2), np.full(2, label)) for label in (0, 3))
+    np.testing.assert_array_equal(one, other)
+
+
+def test_guidance_needs_a_network_that_saw_images_without_labels(net: UNet) -> None:
+    with pytest.raises(InputError, match=r"guidance_scale: wanted 1, got 2: .* set generator\.network\.label_dropout"):
+        sampled(net, 0, 2, 2, guidance_scale=2.0)
+
+
+def test_guided_samples_of_two_normals_move_away_from_the_other_class() -> None:
+    """Classes N(+-m, s^2), no class their equal mixture: at high noise D(x | none) is about D(x | label) less what tells the
+    classes apart, so that scale w moves the mean of class 1 outwards."""
+    mean, std, scale = 0.5, 0.2, 3.0
+    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    mixture = mixture_denoiser(weights, torch.tensor([-mean, mean], dtype=torch.float64), std)
+    single = mixture_denoiser(weights[:1], torch.tensor([mean], dtype=torch.float64), std)
+
+    def network(x: Tensor, noise: Tensor, labels: Tensor | None, _: torch.Generator | None) -> Tensor:
+        """F of eq. 7 for these denoisers, x and noise as the network is given them."""
+        sigma = (4 * noise[0]).exp()
+        raw = x / c_in(sigma, 0.5)
+        denoised = (mixture if labels is None else single)(raw.flatten(1), sigma).view_as(raw)
+        return (denoised - c_skip(sigma, 0.5) * raw) / c_out(sigma, 0.5)
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        levels = sigma.expand(len(x))
+        return guided_denoise(network, x.view(-1, 1, 1, 1), levels, torch.ones(len(x)), 0.5, scale).view_as(x)
+
+    def expected(x: Tensor, sigma: Tensor) -> Tensor:
+        return mixture(x, sigma) + scale * (single(x, sigma) - mixture(x, sigma))
+
+    noise = noise_of(500, 1)
+    sigmas = sigma_schedule(40, 0.002, 80.0, 7.0)
+    found = heun(guided, noise, sigmas)
+    torch.testing.assert_close(found, heun(expected, noise, sigmas))
+    assert found.mean() > mean + 0.05
+
+
+def test_bf16_changes_the_images_a_little(net: UNet) -> None:
+    plain, found = sampled(net, 0, 4, 4)[0].astype(int), sampled(net, 0, 4, 4, bf16=True)[0]
+    assert 0 < np.abs(found - plain).mean() < 4
+
+
+def test_compile_draws_from_the_compiled_network(net: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes most of a minute on a CPU, so that here another network stands for the compiled one."""
+    calls = []
+
+    def compiled(original: UNet) -> Any:
+        def network(*given: Any) -> Tensor:
+            calls.append(given)
+            return original(*given)
+
+        return network
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    np.testing.assert_array_equal(sampled(net, 0, 4, 4, compile=True)[0], sampled(net, 0, 4, 4)[0])
+    assert len(calls) == SamplerParams(**FAST).evaluations == 5
 
 
 def test_noise_levels_out_of_order_are_refused() -> None:

@@ -82,6 +82,14 @@ def test_a_continued_run_repeats_the_one_that_was_not_stopped(digits: ImageStore
     assert continued.curve == whole.curve
 
 
+def test_bf16_trains_nearly_as_float32_does_and_keeps_float32_weights(digits: ImageStore) -> None:
+    plain, low = trained(digits, 20), trained(digits, 20, bf16=True)
+    assert weights(plain) != weights(low)
+    assert all(value.dtype == torch.float32 for value in low.ema.model.state_dict().values())
+    for (_, one), (_, other) in zip(plain.curve, low.curve, strict=True):
+        assert other == pytest.approx(one, rel=0.05)
+
+
 def test_training_leaves_the_global_random_state_alone(digits: ImageStore) -> None:
     before = torch.get_rng_state()
     trained(digits, 1)
@@ -115,7 +123,7 @@ def test_the_curve_has_some_hundred_points_that_average_all_steps(tmp_path: Path
     state = trained(store, 7, progress=lambda *call: calls.append(call))
     assert [step for step, _ in state.curve] == [3, 6, 7]
     assert state.curve[0][1] == pytest.approx(np.mean([loss for _, loss in fine.curve]))
-    assert calls == [(step, 7, {"loss": loss}) for step, loss in state.curve]
+    assert calls == [(32 * step, 32 * 7, {"loss": loss}) for step, loss in state.curve]
 
 
 def test_a_step_draws_images_with_their_labels_noise_levels_and_flips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

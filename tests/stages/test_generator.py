@@ -68,7 +68,7 @@ def test_no_generator_says_so_and_cannot_be_drawn_from() -> None:
 def test_a_failed_training_leaves_nothing() -> None:
     with pytest.raises(InputError, match=r"lower generator\.training\.lr"):
         generate(EDM | {"training": TRAINING | {"lr": 1e30}})
-    assert list(Path("data").iterdir()) == []
+    assert not Path("data").exists()
 
 
 def test_a_generator_for_other_images_is_refused() -> None:

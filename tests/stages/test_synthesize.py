@@ -9,9 +9,13 @@ from ruamel.yaml import YAML
 
 from pipeline.artifacts import digest_file, read_json
 from pipeline.images import ImageStore, write_store
+from pipeline.models import Classifier, build_network
+from pipeline.models.checkpoint import save_model
 from pipeline.params import InputError
 from stages.generator import main as generate
+from stages.ingest import main as ingest
 from stages.synthesize import main
+from tests.conftest import TINY
 
 NETWORK = {"channels": 8, "multipliers": [1], "blocks": 1, "attention_resolutions": []}
 TRAINING = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "ema_decay": 0.0, "flip": False, "seed": 0}
@@ -34,16 +38,22 @@ def write_train(classes: tuple[str, ...] = ("a", "b", "c")) -> None:
     )
 
 
-def synthesize(source: dict[str, Any], generator: dict[str, Any] | None = None, shard_rows: int = 6) -> ImageStore:
+def synthesize(
+    source: dict[str, Any],
+    generator: dict[str, Any] | None = None,
+    shard_rows: int = 6,
+    select: dict[str, Any] | None = None,
+) -> ImageStore:
     """Run the stage, after that of the generator where there is one."""
     params = {
         "generator": generator or {"kind": "none"},
-        "synthesize": {"source": source, "shard_rows": shard_rows},
+        "synthesize": {"source": source, "select": select or {"kind": "none"}, "shard_rows": shard_rows},
         "execution": {"device": "cpu"},
     }
     YAML(typ="safe").dump(params, Path("params.yaml"))
     generate(Path("train"), Path("generator"))
-    main(Path("train"), Path("generator"), Path("synthetic"))
+    Path("guide").mkdir(exist_ok=True)
+    main(Path("train"), Path("generator"), Path("guide"), Path("synthetic"))
     return ImageStore.open(Path("synthetic"))
 
 
@@ -81,7 +91,7 @@ def test_images_cannot_be_drawn_from_a_generator_of_other_classes() -> None:
     synthesize(EDM, GENERATOR)
     write_train(("x", "y"))
     with pytest.raises(InputError, match=r"of \('x', 'y'\), got one of"):
-        main(Path("train"), Path("generator"), Path("synthetic"))
+        main(Path("train"), Path("generator"), Path("guide"), Path("synthetic"))
 
 
 def test_no_images_are_an_empty_store_of_the_same_classes_and_shape() -> None:
@@ -113,3 +123,89 @@ def test_files_of_other_images_are_refused_and_leave_nothing(shape: tuple[int, .
     with pytest.raises(InputError, match=message):
         synthesize(NPZ)
     assert not Path("synthetic").exists()
+
+
+def write_files(rows: int = 20) -> dict[str, Any]:
+    """A source of npz files with that many training images, of which the stage ingest keeps 8."""
+    images = np.random.default_rng(1).integers(0, 256, (rows, 8, 8, 1), np.uint8)
+    np.savez(Path("all.npz"), image=images, label=np.arange(rows) % 3)
+    np.savez(Path("test.npz"), image=images[:3], label=np.arange(3))
+    source = {"kind": "npz", "train": ["all.npz"], "test": ["test.npz"], "seed": 5}
+    params = {"ingest": {"source": source, "max_train": 8, "max_test": 3, "seed": 0, "shard_rows": 100}}
+    YAML(typ="safe").dump(params, Path("params.yaml"))
+    ingest(Path("real"))
+    Path("train").rename("unused")
+    Path("real/train").rename("train")
+    return source
+
+
+def test_what_ingest_left_out_stands_in_and_no_image_is_in_both() -> None:
+    source = write_files()
+    store = synthesize({"kind": "left_out", "source": source, "num_images": 6, "seed": 0})
+    train = ImageStore.open(Path("train"))
+    both = {image.tobytes() for image in everything(store)} & {image.tobytes() for image in everything(train)}
+    assert (len(train), len(store), both) == (8, 6, set())
+    with np.load("all.npz") as archive:
+        label_of = {image.tobytes(): label for image, label in zip(archive["image"], archive["label"], strict=True)}
+    assert [label_of[image.tobytes()] for image in everything(store)] == store.labels.tolist()
+    assert store.origin["kind"] == "left_out"
+    rest = synthesize({"kind": "left_out", "source": source, "num_images": None, "seed": 0})
+    assert len(rest) == 12
+
+
+def test_a_stand_in_from_another_source_or_of_too_many_images_is_refused() -> None:
+    source = write_files()
+    with pytest.raises(InputError, match="wanted the source that ingest read, got another"):
+        synthesize({"kind": "left_out", "source": source | {"seed": 6}})
+    with pytest.raises(InputError, match="wanted 13 images, ingest left 12 out"):
+        synthesize({"kind": "left_out", "source": source, "num_images": 13})
+
+
+def with_guide() -> str:
+    """A guide for the images of these tests; the digest of its weights."""
+    net = build_network(TINY, (8, 8, 1), 3, 0)
+    description = {**TINY.model_dump(), "shape": [8, 8, 1], "classes": ["a", "b", "c"]}
+    save_model(Path("guide/best"), Classifier(net, [0.5], [0.3]), description)
+    return digest_file(Path("guide/best/model.safetensors"))
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "class_agreement": {"kind": "class_agreement", "max_attempts": 5000},
+    "top_confidence": {"kind": "top_confidence", "keep": 0.4, "pilot_images": 30},
+    "margin": {"kind": "margin", "norm": "linf", "keep": 0.5, "per_class": True, "pilot_images": 30},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_guide_selects_and_the_store_says_what_it_kept_and_cost(name: str) -> None:
+    digest = with_guide()
+    if name == "class_agreement":  # an untrained guide sees one class everywhere
+        write_train(("only",))
+        net = build_network(TINY, (8, 8, 1), 1, 0)
+        description = {**TINY.model_dump(), "shape": [8, 8, 1], "classes": ["only"]}
+        save_model(Path("guide/best"), Classifier(net, [0.5], [0.3]), description)
+        digest = digest_file(Path("guide/best/model.safetensors"))
+    store = synthesize(EDM, GENERATOR, select=RULES[name])
+    count = len(store.classes)
+    assert store.labels.tolist() == [row % count for row in range(10)]
+    found = store.origin["selection"]
+    assert found["rule"]["kind"] == name
+    assert found["guide"] == digest
+    assert found["kept"] == 10
+    assert found["acceptance"] == 10 / found["drawn"]
+    assert found["network_evaluations"] == 3 * (found["drawn"] + found["drawn_for_pilot"])
+    assert store.digest == synthesize(EDM, GENERATOR, select=RULES[name]).digest
+    if name != "class_agreement":
+        assert found["drawn"] > 10
+        images = everything(store)
+        fewer = everything(synthesize(EDM | {"num_images": 7}, GENERATOR, shard_rows=5, select=RULES[name]))
+        np.testing.assert_array_equal(fewer, images[:7])
+        plain = everything(synthesize(EDM, GENERATOR))
+        assert 0 < (images == plain).all(axis=(1, 2, 3)).sum() < 10  # accepted at the first attempt
+
+
+def test_selection_wants_a_guide_and_drawn_images() -> None:
+    with pytest.raises(InputError, match=r"wanted a guide to select with, got guide\.kind: none"):
+        synthesize(EDM, GENERATOR, select=RULES["margin"])
+    with pytest.raises(InputError, match=r"select: wanted none, unless source\.kind is edm"):
+        synthesize(NPZ, select=RULES["margin"])
