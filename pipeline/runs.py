@@ -1,4 +1,4 @@
-"""A training run on disk: the checkpoints best/ and last/, and the curve training.csv."""
+"""A training run on disk: the checkpoints best/ and last/, and the curves training.csv and steps.csv."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ def save_run(
     seed: int,
     manifest: Path | None = None,
 ) -> None:
-    """Write both checkpoints with the digests of what they were trained on, and the curve."""
+    """Write both checkpoints with the digests of what they were trained on, and the curves: training.csv has a row for every
+    selection, steps.csv for every step."""
     inputs = {source: store.digest for source, store in stores.items()}
     if manifest is not None:
         inputs["manifest"] = digest_file(manifest / "manifest.parquet")
@@ -40,3 +41,4 @@ def save_run(
     save_model(directory / "best", result.best, description)
     save_model(directory / "last", result.last, description)
     pd.DataFrame(result.history).to_csv(directory / "training.csv", index=False)
+    pd.DataFrame(result.curve).to_csv(directory / "steps.csv", index=False)

@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 
 MAX_POINTS = 300  # of one curve
 COLUMNS = ("step", "loss", "clean_accuracy", "robust_accuracy")
+STEP_COLUMNS = ("step", "loss", "lr", "mean_eps")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Curve:
 
 
 def read_curve(path: Path, stage: str, columns: tuple[str, ...] = COLUMNS) -> dict[str, Floats]:
-    """The named columns of a training.csv, thinned; an empty field is NaN.
+    """The named columns of a training.csv or steps.csv, thinned; an empty field is NaN.
 
     Raises:
         InputError: the file is missing or lacks a column.
@@ -43,12 +44,12 @@ def read_curve(path: Path, stage: str, columns: tuple[str, ...] = COLUMNS) -> di
 
 
 def thin(columns: dict[str, Floats], max_points: int) -> dict[str, Floats]:
-    """At most max_points rows: of each piece of equal length the last step, the mean loss, the last measured accuracy."""
+    """At most max_points rows: of each piece of equal length the last step, the means of loss and eps, the last of the rest."""
     num_rows = len(columns["step"])
     if num_rows <= max_points:
         return columns
     pieces = np.array_split(np.arange(num_rows), max_points)
-    summary = {"step": last_known, "loss": mean_known}
+    summary = {"loss": mean_known, "mean_eps": mean_known}
     return {name: np.array([summary.get(name, last_known)(values[p]) for p in pieces]) for name, values in columns.items()}
 
 

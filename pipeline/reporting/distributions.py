@@ -23,10 +23,12 @@ TAIL = 0.001  # share of the margins, at each end, that the end bins take in wha
 
 @dataclass(frozen=True)
 class MarginHistogram:
-    """`counts` (bins,) by source between `edges` (bins + 1,); the end bins hold all that lies beyond."""
+    """`counts` (bins,) by source and `by_class` (classes, bins) between `edges` (bins + 1,); the end bins hold all that
+    lies beyond."""
 
     edges: Floats
     counts: dict[str, Counts]
+    by_class: Counts
     num_missing: int
     norm: str
 
@@ -63,21 +65,25 @@ def source_codes(batch: pa.RecordBatch) -> NDArray[np.int8]:
     return table[column.indices.to_numpy(zero_copy_only=False)]
 
 
-def margin_histogram(path: Path, bins: int) -> MarginHistogram:
-    """Histogram of the margins by source; rows without a margin are counted apart."""
+def margin_histogram(path: Path, bins: int, num_classes: int) -> MarginHistogram:
+    """Histogram of the margins by source and by label; rows without a margin are counted apart."""
     edges = margin_edges(path, bins)
     counts = {source: np.zeros(len(edges) - 1, np.int64) for source in SOURCES}
+    by_class = np.zeros((num_classes, len(edges) - 1), np.int64)
+    label_edges = np.arange(num_classes + 1) - 0.5
     num_missing = 0
-    for batch in scan(path, MARGINS_SCHEMA, ["source", "margin"]):
+    for batch in scan(path, MARGINS_SCHEMA, ["source", "label", "margin"]):
         margin, codes = batch.column("margin").to_numpy(zero_copy_only=False), source_codes(batch)
+        label = batch.column("label").to_numpy()
         known = ~np.isnan(margin)
         num_missing += int((~known).sum())
         inside = np.clip(margin, edges[0], edges[-1])
         for code, source in enumerate(SOURCES):
             counts[source] += np.histogram(inside[known & (codes == code)], edges)[0]
+        by_class += np.histogram2d(label[known], inside[known], (label_edges, edges))[0].astype(np.int64)
     metadata = pq.read_schema(parts(path)[0]).metadata or {}
     counts = {source: count for source, count in counts.items() if count.any()}
-    return MarginHistogram(edges, counts, num_missing, metadata.get(b"norm", b"").decode())
+    return MarginHistogram(edges, counts, by_class, num_missing, metadata.get(b"norm", b"").decode())
 
 
 def margin_edges(path: Path, bins: int) -> Floats:

@@ -11,6 +11,7 @@ from pipeline.reporting.curves import Curve, Floats
 from pipeline.reporting.distributions import MarginHistogram
 from pipeline.reporting.runs import Manifest, Run, by_strategy
 
+MAX_CLASS_TICKS = 50  # more class names than this cannot be read
 PIXEL_LEVELS = 255  # margins and eps are drawn in 1/255 of the pixel range
 
 # All with a contrast of at least 3 on the light and on the dark page.
@@ -77,27 +78,29 @@ def percent(title: str, **more: Any) -> dict[str, Any]:
 
 def accuracy_scatter(runs: Sequence[Run], styles: Mapping[str, Style]) -> Figure:
     layout = {"xaxis": percent("clean accuracy"), "yaxis": percent("robust accuracy")}
-    data = scatter(runs, styles, "clean", lambda run: run.clean)
+    data = scatter(runs, styles, "clean", lambda run: run.clean, "robust")
     return Figure("accuracy", "Clean and robust accuracy", "Up and to the right is better. " + SCATTER_NOTE, data, layout)
 
 
-def kept_scatter(runs: Sequence[Run], styles: Mapping[str, Style]) -> Figure:
-    layout = {"xaxis": percent("training samples kept"), "yaxis": percent("robust accuracy")}
-    data = scatter(runs, styles, "kept", lambda run: run.manifest.kept)
-    return Figure("kept", "Robust accuracy against data kept", "Up and to the left is better. " + SCATTER_NOTE, data, layout)
+def kept_scatter(runs: Sequence[Run], styles: Mapping[str, Style], metric: str) -> Figure:
+    """`metric`: clean or robust."""
+    layout = {"xaxis": percent("training samples kept"), "yaxis": percent(f"{metric} accuracy")}
+    data = scatter(runs, styles, "kept", lambda run: run.manifest.kept, metric)
+    title = f"{metric.capitalize()} accuracy against data kept"
+    return Figure(f"kept-{metric}", title, "Up and to the left is better. " + SCATTER_NOTE, data, layout)
 
 
 SCATTER_NOTE = "Large: mean over the seeds, bars of one standard deviation; small: single runs."
 
 
-def scatter(runs: Sequence[Run], styles: Mapping[str, Style], x_name: str, x_of: Any) -> list[dict[str, Any]]:
-    """Per strategy its runs, small, and their mean with error bars; y is the robust accuracy."""
+def scatter(runs: Sequence[Run], styles: Mapping[str, Style], x_name: str, x_of: Any, metric: str) -> list[dict[str, Any]]:
+    """Per strategy its runs, small, and their mean with error bars; y is the accuracy that metric names."""
     data = []
     for name, group in by_strategy(runs).items():
-        style, x, y = styles[name], [x_of(run) for run in group], [run.robust for run in group]
+        style, x, y = styles[name], [x_of(run) for run in group], [getattr(run, metric) for run in group]
         shared = {"type": "scatter", "mode": "markers", "name": name, "meta": name, "showlegend": False}
         marker = {"color": style.colour, "symbol": style.symbol}
-        hover = f"{name}<br>{x_name} %{{x:.2%}}<br>robust %{{y:.2%}}<extra></extra>"
+        hover = f"{name}<br>{x_name} %{{x:.2%}}<br>{metric} %{{y:.2%}}<extra></extra>"
         dots = {"x": numbers(x), "y": numbers(y), "marker": marker | {"size": 6, "opacity": 0.45}, "hovertemplate": hover}
         mean: dict[str, Any] = {"x": numbers([fmean(x)]), "y": numbers([fmean(y)]), "marker": marker | {"size": 13}}
         if len(group) > 1:
@@ -139,6 +142,34 @@ def margin_figure(histogram: MarginHistogram, manifests: Sequence[Manifest], sty
         "Vertical lines: where a strategy cuts."
     )
     return Figure("margins", "Margins of the training samples", note, data, layout)
+
+
+def class_figure(
+    histogram: MarginHistogram, classes: Sequence[str], manifests: Sequence[Manifest], styles: Mapping[str, Style]
+) -> Figure:
+    """One row per class, the brighter the more of its samples have that margin; the cuts as in `margin_figure`."""
+    counts = histogram.by_class
+    share = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    rows = list(range(len(classes)))
+    data: list[dict[str, Any]] = [
+        {
+            **{"type": "heatmap", "x": numbers(PIXEL_LEVELS * histogram.centres), "y": rows, "colorscale": "Viridis"},
+            **{"z": [numbers(row) for row in share], "showscale": False, "text": [[name] * share.shape[1] for name in classes]},
+            "hovertemplate": "class %{text}<br>margin %{x:.3g}<br>%{z:.2%} of the class<extra></extra>",
+        }
+    ]
+    for manifest in manifests:
+        for end, cut in margin_cuts(manifest):
+            x, style = PIXEL_LEVELS * cut, styles[manifest.strategy]
+            what = f"{manifest.strategy}: {end} margins from {x:.3g} are pruned<extra></extra>"
+            data.append(line(manifest.strategy, style, [x, x], [-0.5, len(rows) - 0.5], hovertemplate=what))
+    layout = {
+        "height": max(340, min(1200, 120 + 22 * len(rows))),
+        "xaxis": axis(f"signed margin, {histogram.norm} norm (1/255)"),
+        "yaxis": {"tickvals": rows, "ticktext": list(classes), "autorange": "reversed"} if len(rows) <= MAX_CLASS_TICKS else {},
+    }
+    note = "Real and synthetic samples by their label; each row adds up to one class."
+    return Figure("margins-by-class", "Margins by class", note, data, layout)
 
 
 def margin_cuts(manifest: Manifest) -> list[tuple[str, float]]:

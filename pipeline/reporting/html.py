@@ -7,15 +7,16 @@ from itertools import chain
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.reporting.figures import Figure, Style
-from pipeline.reporting.intervals import Difference, spread_over_seeds, wilson_interval
+from pipeline.reporting.intervals import Difference, simultaneous, wilson_interval
 from pipeline.reporting.perceptron_figures import Perceptron
 from pipeline.reporting.pictures import Sheet
 from pipeline.reporting.runs import Run
+from pipeline.reporting.summary import Row
+from pipeline.reporting.synthetic import Quality
 from pipeline.reporting.verdict import Comparison, Groups
 
 TEMPLATE = "report.html.j2"
@@ -29,7 +30,11 @@ class Page:
     confidence: float
     runs: Sequence[Run]
     groups: Groups
+    summary: Sequence[Row]
+    passes_per_second: float | None
+    notices: Sequence[str]
     verdict: Sequence[str]
+    flags: Sequence[str]
     comparisons: Mapping[str, Mapping[str, Comparison]]
     overview: Sequence[Figure]
     data: Sequence[Figure]
@@ -39,6 +44,11 @@ class Page:
     styles: Mapping[str, Style]
     sheets: Mapping[str, Sequence[Sheet]]
     num_without_margin: int
+    margin_quality: Mapping[str, Any]
+    synthetic_quality: Quality
+    selection: str
+    synthetic_sheets: Sequence[Sheet]
+    margin_sentences: Sequence[str]
     digests: Mapping[str, str]
     provenance: Mapping[str, Any]
 
@@ -57,28 +67,13 @@ def render(page: Page) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "points": points, "pretty": pretty}
-    environment.globals["wilson"] = wilson_interval
+    environment.globals |= {"wilson": wilson_interval, "simultaneous": simultaneous}
     drawn = {figure.key: {"data": figure.data, "layout": figure.layout} for figure in page.figures}
     return environment.get_template(TEMPLATE).render(
         page=page,
-        summary=[summarise(name, group, page.confidence) for name, group in page.groups.items()],
         figures=script_json(drawn),
         plotly=Markup(get_plotlyjs()),
     )
-
-
-def summarise(name: str, runs: Sequence[Run], confidence: float) -> dict[str, Any]:
-    """One row of the headline table: means over the seeds, their spread, Wilson intervals over the examples."""
-    row: dict[str, Any] = {"strategy": name, "kept": runs[0].manifest.kept, "num_kept": runs[0].manifest.num_kept}
-    for metric in ("clean", "robust"):
-        values = [getattr(run, metric) for run in runs]
-        mean = float(np.mean(values))
-        row[metric] = {
-            "mean": mean,
-            "spread": spread_over_seeds(values),
-            "interval": wilson_interval(mean, runs[0].num_examples, confidence),
-        }
-    return row
 
 
 def script_json(content: Any) -> Markup:

@@ -1,75 +1,71 @@
 """From the artifacts of all stages to the report directory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow.parquet as pq
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
-from pipeline.artifacts import digest_file, publish, read_json
+from pipeline.artifacts import publish
 from pipeline.images import ImageStore
 from pipeline.params import InputError, Section
 from pipeline.reporting import figures, tables
-from pipeline.reporting.curves import Curve, read_curve
-from pipeline.reporting.distributions import eps_distribution, kept_rows, margin_histogram, parts
+from pipeline.reporting.curves import COLUMNS, STEP_COLUMNS, Curve, read_curve
+from pipeline.reporting.distributions import eps_distribution, kept_rows, margin_histogram
+from pipeline.reporting.flags import flag_sentences
 from pipeline.reporting.html import Page, render
+from pipeline.reporting.inputs import Artifacts, margin_quality, strategy_costs
 from pipeline.reporting.perceptron_figures import perceptron_figures, read_perceptron
 from pipeline.reporting.pictures import Sheet, extreme_samples, failures_sheet, margin_sheet, misclassified_samples
-from pipeline.reporting.runs import Run, by_strategy, read_runs
+from pipeline.reporting.provenance import digests, provenance
+from pipeline.reporting.quality import quality_sentences
+from pipeline.reporting.runs import Run, by_strategy, radius, read_runs
+from pipeline.reporting.summary import summarise, write_summary_csv, write_summary_tex
+from pipeline.reporting.synthetic import notices, read_quality, selection_sentence, synthetic_sheets
 from pipeline.reporting.verdict import compare_with_baselines, verdict
 
 
 class ReportSection(Section):
-    """`contact_sheet_images` per sheet (0: no sheets); `confidence` of all intervals."""
+    """`contact_sheet_images` per sheet (0: no sheets); `confidence` of all intervals; `passes_per_second`, of one image
+    forward and backward as your machine does them in training, turns the cost into hours."""
 
     title: str
     histogram_bins: Annotated[int, Field(ge=2)]
     contact_sheet_images: NonNegativeInt
     confidence: Annotated[float, Field(gt=0, lt=1)]
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """The directories of the stages that the report shows."""
-
-    real: Path
-    synthetic: Path
-    generator: Path
-    margins: Path
-    manifests: Path
-    models: Path
-    evaluations: Path
-    perceptron: Path
-
-    def stores(self) -> dict[str, ImageStore]:
-        """Source of the training samples -> its store."""
-        return {"real": ImageStore.open(self.real / "train"), "synthetic": ImageStore.open(self.synthetic)}
+    passes_per_second: PositiveFloat | None = None
 
 
 def write_report(
     target: Path,
     artifacts: Artifacts,
     *,
-    strategies: Mapping[str, Any],
+    params: Mapping[str, Any],
     seeds: Sequence[int],
     title: str,
     histogram_bins: int,
     contact_sheet_images: int,
     confidence: float,
+    passes_per_second: float | None = None,
 ) -> None:
-    """Write report.html, results.csv, metrics.json and plots/*.csv; the directory is complete or absent.
+    """Write report.html, summary.{csv,tex}, results.csv, metrics.json and plots/*.csv; the directory is complete or
+    absent. `params` are the sections of params.yaml that the artifacts come from.
 
     Raises:
         InputError: there are no strategies or seeds, or an artifact is missing or damaged.
     """
+    strategies = params["strategies"]
     if not strategies or not seeds:
         raise InputError("report: wanted at least one strategy and one seed in params.yaml, got none")
     runs = read_runs(artifacts.manifests, artifacts.evaluations, list(strategies), seeds)
     groups, manifests = by_strategy(runs), [group[0].manifest for group in by_strategy(runs).values()]
-    curves = [run_curve(run, artifacts.models) for run in runs]
-    histogram = margin_histogram(artifacts.margins, histogram_bins)
+    curves = [run_curve(run, artifacts.models, "training.csv", COLUMNS) for run in runs]
+    steps = [run_curve(run, artifacts.models, "steps.csv", STEP_COLUMNS) for run in runs]
+    stores, quality = artifacts.stores(), read_quality(artifacts.judge)
+    classes = stores["real"].classes
+    histogram = margin_histogram(artifacts.margins, histogram_bins, len(classes))
+    costs = strategy_costs(artifacts, params, groups, len(classes))
+    summary = summarise(groups, costs, confidence, passes_per_second)
     perceptron = read_perceptron(artifacts.perceptron)
     styles = figures.styles_of([*strategies, *perceptron.rules])
     eps = radius(runs[0].eps)
@@ -79,11 +75,19 @@ def write_report(
         confidence=confidence,
         runs=runs,
         groups=groups,
+        summary=summary,
+        passes_per_second=passes_per_second,
+        notices=notices(stores["synthetic"].origin),
         verdict=verdict(groups, confidence),
+        flags=flag_sentences(runs),
         comparisons=compare_with_baselines(groups, confidence),
-        overview=[figures.accuracy_scatter(runs, styles), figures.kept_scatter(runs, styles)],
+        overview=[
+            figures.accuracy_scatter(runs, styles),
+            *(figures.kept_scatter(runs, styles, metric) for metric in ("robust", "clean")),
+        ],
         data=[
             figures.margin_figure(histogram, manifests, styles, eps),
+            figures.class_figure(histogram, classes, manifests, styles),
             figures.eps_figure(eps_shares, styles),
             figures.reasons_figure(manifests),
             *generator_figures(artifacts.generator),
@@ -94,25 +98,25 @@ def write_report(
         styles=styles,
         sheets=contact_sheets(artifacts, groups, contact_sheet_images) if contact_sheet_images else {},
         num_without_margin=histogram.num_missing,
+        margin_quality=margin_quality(artifacts.margins),
+        margin_sentences=quality_sentences(artifacts.margins),
+        synthetic_quality=quality,
+        selection=selection_sentence(stores["synthetic"].origin),
+        synthetic_sheets=synthetic_sheets(stores, quality, contact_sheet_images) if contact_sheet_images else [],
         digests=digests(artifacts, runs),
-        provenance={"strategies": dict(strategies), "seeds": list(seeds)} | provenance(artifacts),
+        provenance=provenance(artifacts, params, runs),
     )
     with publish(target) as work:
+        write_summary_csv(work / "summary.csv", summary)
+        write_summary_tex(work / "summary.tex", summary)
         tables.write_results(work / "results.csv", runs, confidence)
         tables.write_means(work / "metrics.json", runs)
-        tables.write_plots(work / "plots", runs, curves, histogram)
+        tables.write_plots(work / "plots", runs, curves, steps, histogram)
         (work / "report.html").write_text(render(page))
 
 
-def radius(exact: str) -> float:
-    """ "8/255" as a number."""
-    over, _, under = exact.partition("/")
-    return float(over) / float(under or 1)
-
-
-def run_curve(run: Run, models: Path) -> Curve:
-    columns = read_curve(models / run.name / "training.csv", f"train@{run.name}")
-    return Curve(run.name, run.strategy, columns)
+def run_curve(run: Run, models: Path, file: str, columns: tuple[str, ...]) -> Curve:
+    return Curve(run.name, run.strategy, read_curve(models / run.name / file, f"train@{run.name}", columns))
 
 
 def generator_figures(generator: Path) -> list[figures.Figure]:
@@ -135,29 +139,3 @@ def contact_sheets(artifacts: Artifacts, groups: Mapping[str, Sequence[Run]], co
             failures_sheet("Test images misclassified without an attack", runs, test, count),
         ]
     return {strategy: [sheet for sheet in found if sheet.pictures] for strategy, found in sheets.items()}
-
-
-def digests(artifacts: Artifacts, runs: Sequence[Run]) -> dict[str, str]:
-    """SHA-256 of what the numbers come from, by place; store.json and summary.json hold those of the larger files."""
-    files = {
-        "real/train/store.json": artifacts.real / "train" / "store.json",
-        "real/test/store.json": artifacts.real / "test" / "store.json",
-        "synthetic/store.json": artifacts.synthetic / "store.json",
-        "perceptron/perceptron.json": artifacts.perceptron / "perceptron.json",
-    }
-    for run in runs:
-        files[f"manifests/{run.strategy}/summary.json"] = run.manifest.path.with_name("summary.json")
-        files[f"evaluations/{run.name}/metrics.json"] = artifacts.evaluations / run.name / "metrics.json"
-    models = {f"models/{run.name} (weights)": run.model for run in runs if run.model}
-    return {place: digest_file(path) for place, path in files.items()} | models
-
-
-def provenance(artifacts: Artifacts) -> dict[str, Any]:
-    """Where the images come from, how the margins were measured, and the perceptron's parameters."""
-    stores = {"real train": artifacts.real / "train", "real test": artifacts.real / "test", "synthetic": artifacts.synthetic}
-    metadata = pq.read_schema(parts(artifacts.margins)[0]).metadata or {}
-    return {
-        **{name: read_json(path / "store.json").get("origin", {}) for name, path in stores.items()},
-        "margins": {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"},
-        "perceptron": read_json(artifacts.perceptron / "perceptron.json").get("params", {}),
-    }

@@ -34,7 +34,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained and evaluated model; `clean` and `robust` are accuracies, `*_outcomes` are theirs per test example."""
+    """One trained and evaluated model; `clean` and `robust` are accuracies, `*_outcomes` are theirs per test example;
+    `reference` has the accuracies under the attacks beside AutoAttack, `flags` what AutoAttack would warn of, `other` the
+    accuracies of the other checkpoint (best or last), clean and under those attacks."""
 
     manifest: Manifest
     seed: int
@@ -46,9 +48,14 @@ class Run:
     attacks: dict[str, float]
     clean_outcomes: Outcomes = field(repr=False)
     robust_outcomes: Outcomes = field(repr=False)
+    train: dict[str, Any]
+    version: str = ""
     checkpoint: str = ""
     model: str = ""
-    train: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, float] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def strategy(self) -> str:
@@ -69,6 +76,12 @@ def read_runs(manifests: Path, evaluations: Path, strategies: Sequence[str], see
     for strategy in strategies:
         manifest = read_manifest(manifests / strategy)
         runs += [read_run(manifest, seed, evaluations / f"{strategy}-{seed}") for seed in seeds]
+    check_comparable(runs)
+    return runs
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raise an `InputError` unless all runs met as many examples in the same ball."""
     first = runs[0]
     for run in runs:
         if (run.num_examples, run.norm, run.eps) != (first.num_examples, first.norm, first.eps):
@@ -76,19 +89,24 @@ def read_runs(manifests: Path, evaluations: Path, strategies: Sequence[str], see
                 f"evaluation {run.name}: {run.num_examples} examples in {run.norm} of {run.eps}, but {first.name} has "
                 f"{first.num_examples} in {first.norm} of {first.eps}; run `dvc repro`"
             )
-    return runs
 
 
 def read_manifest(path: Path) -> Manifest:
-    stage = f"manifest@{path.name}"
-    summary = read_made(path / "summary.json", stage, ("total", "kept", "reasons", "by_source", "thresholds"))
-    made = (summary[key] for key in ("total", "kept", "reasons", "by_source", "thresholds"))
-    return Manifest(path.name, need(path / "manifest.parquet", stage), *made)
+    """As `read_summary`, of a manifest that is there as a whole."""
+    need(path / "manifest.parquet", f"manifest@{path.name}")
+    return read_summary(path)
+
+
+def read_summary(path: Path) -> Manifest:
+    """A manifest of which only summary.json is needed."""
+    keys = ("total", "kept", "reasons", "by_source", "thresholds")
+    summary = read_made(path / "summary.json", f"manifest@{path.name}", keys)
+    return Manifest(path.name, path / "manifest.parquet", *(summary[key] for key in keys))
 
 
 def read_run(manifest: Manifest, seed: int, path: Path) -> Run:
     stage = f"evaluate@{path.name}"
-    wanted = ("clean", "robust", "norm", "eps", "num_examples", "attacks")
+    wanted = ("clean", "robust", "norm", "eps", "num_examples", "attacks", "train")
     metrics = read_made(path / "metrics.json", stage, wanted)
     samples = pq.read_table(need(path / "samples.parquet", stage))
     clean, robust = read_outcomes(samples, list(metrics["attacks"]), path)
@@ -98,7 +116,11 @@ def read_run(manifest: Manifest, seed: int, path: Path) -> Run:
                 f"{path}: {name} accuracy is {metrics[name]} of {metrics['num_examples']} in metrics.json but "
                 f"{outcomes.mean()} of {len(outcomes)} in samples.parquet; run `dvc repro -f {stage}`"
             )
-    more = {key: metrics[key] for key in ("checkpoint", "model", "train") if key in metrics}
+    more = {
+        key: metrics[key]
+        for key in ("version", "checkpoint", "model", "reference", "flags", "other", "versions")
+        if key in metrics
+    }
     values = {key: metrics[key] for key in wanted}
     return Run(manifest=manifest, seed=seed, clean_outcomes=clean, robust_outcomes=robust, **values, **more)
 
@@ -136,3 +158,9 @@ def by_strategy(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in runs:
         groups.setdefault(run.strategy, []).append(run)
     return groups
+
+
+def radius(exact: str) -> float:
+    """ "8/255" as a number."""
+    over, _, under = exact.partition("/")
+    return float(over) / float(under or 1)

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from pipeline.artifacts import write_json
 from pipeline.csv_tables import read_csv, write_csv
-from pipeline.reporting.curves import COLUMNS, Curve
+from pipeline.reporting.curves import COLUMNS, STEP_COLUMNS, Curve
 from pipeline.reporting.distributions import MarginHistogram
 from pipeline.reporting.intervals import wilson_interval
 from pipeline.reporting.runs import Run, by_strategy
 
+TABLE_FOLLOWS = "PUMA_TABLE_FOLLOWS"  # the environment variable of stages whose caller prints the table at its end
 HEADLINE = ("strategy", "seed", "kept", "clean", "robust")
 RESULTS = (
     *("strategy", "seed", "kept", "num_kept", "num_total"),
@@ -53,11 +54,14 @@ def means(runs: Sequence[Run]) -> dict[str, float]:
     return {name: round(float(np.mean(value)), 6) for name, value in values.items()}
 
 
-def write_plots(directory: Path, runs: Sequence[Run], curves: Sequence[Curve], margins: MarginHistogram) -> None:
-    """accuracy.csv, training.csv and margins.csv for `dvc plots`."""
+def write_plots(
+    directory: Path, runs: Sequence[Run], curves: Sequence[Curve], steps: Sequence[Curve], margins: MarginHistogram
+) -> None:
+    """accuracy.csv, training.csv, steps.csv and margins.csv for `dvc plots`."""
     directory.mkdir()
     write_csv(directory / "accuracy.csv", ("strategy", "seed", "clean", "robust"), [accuracy_row(run) for run in runs])
     write_csv(directory / "training.csv", ("run", *COLUMNS), [row for curve in curves for row in curve_rows(curve)])
+    write_csv(directory / "steps.csv", ("run", *STEP_COLUMNS), [row for curve in steps for row in curve_rows(curve)])
     bins = [(s, float(x), int(n)) for s, count in margins.counts.items() for x, n in zip(margins.centres, count, strict=True)]
     write_csv(directory / "margins.csv", ("source", "margin", "count"), bins)
 
@@ -68,7 +72,7 @@ def accuracy_row(run: Run) -> tuple[str, int, float, float]:
 
 def curve_rows(curve: Curve) -> Iterator[tuple[object, ...]]:
     """One row per step; empty where nothing was measured."""
-    for step, *values in zip(*(curve.columns[name] for name in COLUMNS), strict=True):
+    for step, *values in zip(*curve.columns.values(), strict=True):
         yield curve.run, int(step), *(None if math.isnan(value) else float(value) for value in values)
 
 

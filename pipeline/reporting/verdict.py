@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.reporting.intervals import Difference, paired_difference
+from pipeline.reporting.intervals import Difference, SeedVariance, paired_difference, pooled_variance, simultaneous
 from pipeline.reporting.runs import Run
 
 Metric = Literal["clean", "robust"]
@@ -23,10 +23,15 @@ class Comparison:
     robust: Difference
 
 
+def seed_variance(groups: Groups, metric: Metric) -> SeedVariance:
+    """From seed to seed, pooled over all strategies."""
+    return pooled_variance([getattr(run, metric) for run in group] for group in groups.values())
+
+
 def difference(groups: Groups, ours: str, theirs: str, metric: Metric, confidence: float) -> Difference:
-    """Paired over the test examples and seeds."""
+    """Paired over the test examples; the intervals of all pairs of strategies hold together with the given confidence."""
     first, second = ([getattr(run, f"{metric}_outcomes") for run in groups[name]] for name in (ours, theirs))
-    return paired_difference(first, second, confidence)
+    return paired_difference(first, second, simultaneous(confidence, len(groups)), seed_variance(groups, metric))
 
 
 def compare_with_baselines(groups: Groups, confidence: float) -> dict[str, dict[str, Comparison]]:
@@ -43,20 +48,45 @@ def compare_with_baselines(groups: Groups, confidence: float) -> dict[str, dict[
 
 
 def verdict(groups: Groups, confidence: float) -> list[str]:
-    """Who is best, who cannot be told apart from the best, and who of those needs the least data."""
+    """Who is best, who is lower, who cannot be told apart from the best, and who of those needs the least data."""
     sentences = []
-    level: dict[str, list[str]] = {}
     for metric in ("robust", "clean"):
-        means = {name: float(np.mean([getattr(run, metric) for run in group])) for name, group in groups.items()}
-        best = max(means, key=lambda name: means[name])
-        level[metric] = [n for n in groups if n == best or difference(groups, best, n, metric, confidence).sign == 0]
-        rivals = [name for name in level[metric] if name != best]
-        others = f"; {join(rivals)} cannot be told apart from it" if rivals else "; all others are lower"
-        sentences.append(f"Highest {metric} accuracy: {best} with {means[best]:.1%}{others}.")
-    fewest = min(level["robust"], key=lambda name: groups[name][0].manifest.kept)
-    kept = groups[fewest][0].manifest.kept
-    sentences.append(f"Least data among the most robust: {fewest} keeps {kept:.1%} of the training samples.")
+        best = highest(groups, metric)
+        others = {name: difference(groups, best, name, metric, confidence) for name in groups if name != best}
+        lower = [name for name, found in others.items() if found.sign > 0]
+        level = [name for name in others if name not in lower]
+        parts = [f"Highest {metric} accuracy: {best} with {mean_of(groups[best], metric):.1%}"]
+        parts += [f"{join(lower)} {'is' if len(lower) == 1 else 'are'} lower"] if lower else []
+        parts += [f"{join(level)} cannot be told apart from it"] if level else []
+        sentences.append("; ".join(parts) + ".")
+    if len(groups) > 1:
+        sentences.append(least_data(groups, confidence))
+        if min(len(group) for group in groups.values()) < 2:
+            sentences.append("One seed compares models, not strategies: add seeds before you conclude anything.")
     return sentences
+
+
+def least_data(groups: Groups, confidence: float) -> str:
+    """Of the strategies that may be as robust as the best, that which keeps the least, and how far behind it may be."""
+    best = highest(groups, "robust")
+    behind = {name: difference(groups, name, best, "robust", confidence) for name in groups if name != best}
+    level = [best] + [name for name, found in behind.items() if found.sign == 0]
+    fewest = min(level, key=lambda name: groups[name][0].manifest.kept)
+    kept = f"{fewest} keeps {groups[fewest][0].manifest.kept:.1%} of the training samples"
+    told = f"Least data of those not told apart in robust accuracy: {kept}"
+    if fewest == best:
+        return f"{told} and is itself the best."
+    found = behind[fewest]
+    low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in (found.low, found.high))
+    return f"{told}; it is {low} to {high} points from {best}, which does not show that it is as robust."
+
+
+def highest(groups: Groups, metric: Metric) -> str:
+    return max(groups, key=lambda name: mean_of(groups[name], metric))
+
+
+def mean_of(runs: Sequence[Run], metric: Metric) -> float:
+    return float(np.mean([getattr(run, metric) for run in runs]))
 
 
 def join(names: Sequence[str]) -> str:

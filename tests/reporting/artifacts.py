@@ -1,6 +1,7 @@
 """A small project's artifacts, written by the schemas of the stages that make them."""
 
 import csv
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,13 @@ PERCEPTRON = PerceptronSection(
     num_examples=2000, weight_decay=1e-3, probe_angle_deg=0.0, seed=0,
 )  # fmt: skip
 ATTACKS = ("apgd-ce", "apgd-t")
+TRAIN = {"steps": 5, "images_seen": 5000, "images_attacked": 4000}
+TRAINING = {"loss": "trades", "attack": {"num_steps": 10}}
+PARAMS: dict[str, Any] = {  # what the report reads of them; `strategies` come from the test
+    "train": {"training": TRAINING},
+    "margin_model": {"kind": "train", "training": TRAINING},
+    "margins": {"deepfool": {"first_candidates": None, "candidates": 1}, "grand": True},
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ def write_artifacts(root: Path, strategies: Sequence[str], seeds: Sequence[int],
         write_images(root / name, count, seed=index)
     margins = draw_margins(sizes)
     write_margins(root / "margins", margins)
+    (root / "margin_model" / "best").mkdir(parents=True)
+    write_json(root / "margin_model" / "best" / "model.json", {"train": TRAIN})
+    write_margin_quality(root / "margins", margins)
+    write_judgement(root / "judge")
     for index, strategy in enumerate(strategies):
         write_manifest(root / "manifests" / strategy, margins, num_pruned=10 * index)
         for seed in seeds:
@@ -51,6 +63,8 @@ def write_artifacts(root: Path, strategies: Sequence[str], seeds: Sequence[int],
                 root / "evaluations" / f"{strategy}-{seed}", strategy, seed, sizes.test, wrong, wrong + 2, wrong + 4
             )
             write_training(root / "models" / f"{strategy}-{seed}" / "training.csv", num_steps=5)
+            steps = "step,loss,lr,mean_eps,attacked\n1,0.5,0.1,0.03,16\n2,0.25,0.2,0.03,16\n"
+            (root / "models" / f"{strategy}-{seed}" / "steps.csv").write_text(steps)
     params = PERCEPTRON.model_dump()
     shares = {key: params[key] for key in ("dimension", "eps", "fractions", "num_examples")}
     curves = {key: value for key, value in params.items() if key != "num_examples"}
@@ -98,6 +112,39 @@ def write_margins(path: Path, margins: Mapping[str, NDArray[np.float32]]) -> Non
         write_table(path / f"part-{index:05d}.parquet", pa.Table.from_arrays(arrays, schema=MARGINS_SCHEMA), metadata)
 
 
+def write_margin_quality(path: Path, margins: Mapping[str, NDArray[np.float32]]) -> None:
+    """As the margin stage writes it; every tenth row has no margin."""
+    by_class = {}
+    for source, margin in margins.items():
+        label = np.arange(len(margin)) % len(CLASSES)
+        classes = {str(k): margin[label == k] for k in np.unique(label)}
+        by_class[source] = {
+            k: {"rows": len(m), "not_converged": int(np.isnan(m).sum()), "misclassified": int((m < 0).sum())}
+            for k, m in classes.items()
+        }
+    by_source = {
+        source: {name: sum(row[name] for row in rows.values()) for name in ("rows", "not_converged", "misclassified")}
+        for source, rows in by_class.items()
+    }
+    quantiles = {"0.05": 1.0, "0.5": 1.125, "0.95": 1.25}
+    tight = {"rows": 16, "spearman": 0.9875, "median": 0.045, "median_tight": 0.04, "ratio_quantiles": quantiles}
+    repeated = {"rows": 16, "equal": 15, "converged_once": 0, "max_difference": 1e-7}
+    found = {"by_source": by_source, "by_class": by_class, "tight": tight, "repeated": repeated}
+    rows = sum(len(margin) for margin in margins.values())
+    write_json(path / "quality.json", {"rows": rows, "not_converged": 0.1, "mean_iterations": 1.5, **found})
+
+
+def write_judgement(path: Path) -> None:
+    """As the stage judge writes it; the first synthetic image is nearest to training image 3."""
+    path.mkdir()
+    figures = {"num_images": 20, "density": 0.9, "coverage": 0.8, "class_agreement": 0.7, "copies": 0.05}
+    found = {"synthetic": figures | {"frechet_distance": 1.25}, "test": figures | {"frechet_distance": 0.5}}
+    pair = {"row": 0, "train_row": 3, "distance": 0.1, "ratio": 0.25}
+    by_class = dict(zip(CLASSES, (0.25, 0.75, 1.0), strict=True))
+    more = {"features": {"model": "margin_model"}, "num_reference": 40, "class_agreement_by_class": by_class, "closest": [pair]}
+    write_json(path / "quality.json", found | more)
+
+
 def write_manifest(path: Path, margins: Mapping[str, NDArray[np.float32]], num_pruned: int) -> None:
     """Prune the highest margins; the kept have eps = min(8/255, max(margin, 0))."""
     path.mkdir(parents=True)
@@ -134,10 +181,14 @@ def write_evaluation(path: Path, strategy: str, seed: int, num: int, wrong: int,
     predicted = np.where(outcomes["clean"], label, (label + 1) % len(CLASSES)).astype(np.int16)
     write_table(path / "samples.parquet", pa.table({"row": rows, "label": label, "predicted": predicted, **outcomes}))
     accuracy = {name: float(values.mean()) for name, values in outcomes.items()}
+    model = hashlib.sha256(f"{strategy} {seed} {wrong_t}".encode()).hexdigest()
     metrics = {
         **{"strategy": strategy, "seed": seed, "eps": "8/255", "norm": "linf", "num_examples": num},
         **{"clean": accuracy["clean"], "robust": accuracy["apgd-t"], "attacks": {name: accuracy[name] for name in ATTACKS}},
-        **{"checkpoint": "best", "model": "a" * 64, "train": {"steps": 5, "images_seen": 5000}, "more": "is allowed"},
+        **{"checkpoint": "best", "model": model, "train": TRAIN, "more": "is allowed"},
+        **{"reference": {"fgsm": accuracy["apgd-ce"]}, "versions": {"torch": "2"}},
+        "other": {"checkpoint": "last", "model": "0" * 64, "accuracy": {"clean": 0.625, "fgsm": 0.375}},
+        "flags": {"random_outputs": 0, "probability_outputs": False, "zero_gradients": wrong, "square_stronger": None},
     }
     write_json(path / "metrics.json", metrics)
 

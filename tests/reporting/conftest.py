@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reporting.report import Artifacts
+from pipeline.reporting.inputs import Artifacts
 from tests.reporting.artifacts import write_artifacts
 
 STRATEGIES = ("none", "random", "puma")
@@ -12,7 +12,18 @@ SEEDS = (0, 1)
 
 
 def artifacts_at(root: Path) -> Artifacts:
-    names = ("real", "synthetic", "generator", "margins", "manifests", "models", "evaluations", "perceptron")
+    names = (
+        "real",
+        "synthetic",
+        "generator",
+        "margin_model",
+        "judge",
+        "margins",
+        "manifests",
+        "models",
+        "evaluations",
+        "perceptron",
+    )
     return Artifacts(*(root / name for name in names))
 
 

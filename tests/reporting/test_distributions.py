@@ -21,7 +21,7 @@ def test_histogram_totals_match_the_rows_whatever_the_batches(
     made: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
     monkeypatch.setattr(distributions, "BATCH_ROWS", batch_rows)
-    found = margin_histogram(made / "margins", 12)
+    found = margin_histogram(made / "margins", 12, 3)
     margins = draw_margins(SIZES)
     assert found.norm == "linf"
     assert found.num_missing == sum(int(np.isnan(margin).sum()) for margin in margins.values()) == 10
@@ -29,10 +29,14 @@ def test_histogram_totals_match_the_rows_whatever_the_batches(
         known = np.clip(margin[~np.isnan(margin)].astype(np.float64), found.edges[0], found.edges[-1])
         np.testing.assert_array_equal(found.counts[source], np.histogram(known, found.edges)[0])
         assert found.counts[source].sum() == len(known)
+    assert found.by_class.shape == (3, len(found.edges) - 1)
+    np.testing.assert_array_equal(found.by_class.sum(axis=0), sum(found.counts.values()))
+    labels = [np.arange(len(margin))[~np.isnan(margin)] % 3 for margin in margins.values()]
+    np.testing.assert_array_equal(found.by_class.sum(axis=1), np.bincount(np.concatenate(labels)))
 
 
 def test_zero_is_an_edge_so_that_no_bin_mixes_right_and_wrong(made: Path) -> None:
-    edges = margin_histogram(made / "margins", 13).edges
+    edges = margin_histogram(made / "margins", 13, 3).edges
     assert np.abs(edges).min() == 0
     assert 13 <= len(edges) - 1 <= 14
     np.testing.assert_allclose(np.diff(edges), edges[1] - edges[0])
@@ -42,7 +46,7 @@ def test_an_outlier_is_counted_in_the_end_bin_and_does_not_stretch_the_histogram
     margin = np.linspace(0, 1, 5000, dtype=np.float32)
     margin[0] = 1000
     write_margins(tmp_path / "margins", {"real": margin})
-    found = margin_histogram(tmp_path / "margins", 10)
+    found = margin_histogram(tmp_path / "margins", 10, 3)
     assert found.edges[-1] == pytest.approx(1, abs=0.01)
     assert found.counts["real"].sum() == 5000
 
@@ -50,7 +54,7 @@ def test_an_outlier_is_counted_in_the_end_bin_and_does_not_stretch_the_histogram
 @pytest.mark.parametrize("value", [0.0, 0.25, np.nan])
 def test_equal_or_missing_margins_still_make_a_histogram(tmp_path: Path, value: float) -> None:
     write_margins(tmp_path / "margins", {"real": np.full(4, value, np.float32)})
-    found = margin_histogram(tmp_path / "margins", 5)
+    found = margin_histogram(tmp_path / "margins", 5, 3)
     assert sum(int(count.sum()) for count in found.counts.values()) + found.num_missing == 4
 
 
@@ -104,7 +108,7 @@ def test_a_row_beyond_its_store_is_an_input_error(tmp_path: Path) -> None:
 
 def test_missing_parts_and_columns_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found none"):
-        margin_histogram(tmp_path / "margins", 5)
+        margin_histogram(tmp_path / "margins", 5, 3)
     pq.write_table(pa.table({"row": [1.5]}), tmp_path / "m.parquet")
     with pytest.raises(InputError, match="wanted"):
         list(scan(tmp_path / "m.parquet", MARGINS_SCHEMA, ["row"]))

@@ -10,15 +10,19 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from pipeline.csv_tables import read_csv
-from pipeline.params import InputError
+from pipeline.params import InputError, read_yaml
 from pipeline.reporting.distributions import margin_histogram
-from pipeline.reporting.report import radius, write_report
+from pipeline.reporting.report import write_report
+from tests.conftest import ROOT
+from tests.reporting.artifacts import PARAMS
 from tests.reporting.conftest import SEEDS, STRATEGIES, artifacts_at
+
+CHOSEN = {"none": {}, "random": {"score": "random", "keep": 0.9}, "puma": {"score": "margin", "keep": 0.8}}
 
 
 def report(root: Path, target: Path, title: str = "A report", sheets: int = 4) -> None:
     write_report(
-        target, artifacts_at(root), strategies={name: {"score": "margin"} for name in STRATEGIES}, seeds=SEEDS,
+        target, artifacts_at(root), params=PARAMS | {"strategies": CHOSEN}, seeds=SEEDS,
         title=title, histogram_bins=10, contact_sheet_images=sheets, confidence=0.95,
     )  # fmt: skip
 
@@ -37,14 +41,22 @@ def html(written: Path) -> str:
 
 def test_the_report_has_all_its_files(written: Path) -> None:
     files = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
-    plots = ["plots/accuracy.csv", "plots/margins.csv", "plots/training.csv"]
-    assert files == ["metrics.json", *plots, "report.html", "results.csv"]
+    plots = ["plots/accuracy.csv", "plots/margins.csv", "plots/steps.csv", "plots/training.csv"]
+    assert files == ["metrics.json", *plots, "report.html", "results.csv", "summary.csv", "summary.tex"]
 
 
 def test_metrics_are_means_over_the_seeds(written: Path) -> None:
     found = json.loads((written / "metrics.json").read_text())
     assert found["puma"] == {"kept": 0.8, "clean": 0.875, "robust": 0.675}
     assert list(found) == sorted(STRATEGIES)
+
+
+def test_the_page_compares_the_best_and_the_last_checkpoint_of_every_run(html: str) -> None:
+    table = html[html.index('id="checkpoints"') : html.index("</table>", html.index('id="checkpoints"'))]
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in table.split("<tr>")[2:]]
+    assert len(rows) == 2 * len(STRATEGIES) * len(SEEDS)
+    assert rows[0][:3] == [STRATEGIES[0], "0", "best"]
+    assert rows[1] == [STRATEGIES[0], "0", "last", "62.50", "37.50"]
 
 
 def test_plots_hold_every_run_and_the_whole_histogram(written: Path, made: Path) -> None:
@@ -59,9 +71,22 @@ def test_plots_hold_every_run_and_the_whole_histogram(written: Path, made: Path)
         "clean_accuracy": "0.540000",
         "robust_accuracy": "0.250000",
     }
+    steps = read_csv(written / "plots" / "steps.csv", ["run", "step", "loss", "lr", "mean_eps"])
+    assert len(steps) == 2 * 6
+    assert steps[1] == {"run": "none-0", "step": "2", "loss": "0.250000", "lr": "0.200000", "mean_eps": "0.030000"}
     margins = read_csv(written / "plots" / "margins.csv", ["source", "margin", "count"])
-    histogram = margin_histogram(made / "margins", 10)
+    histogram = margin_histogram(made / "margins", 10, 3)
     assert sum(int(row["count"]) for row in margins) == 100 - histogram.num_missing
+
+
+def test_every_dvc_plot_has_a_template_whose_fields_its_file_has(written: Path) -> None:
+    plots = {name: settings for plot in read_yaml(ROOT / "dvc.yaml")["plots"] for name, settings in plot.items()}
+    assert {Path(name).name for name in plots} == {path.name for path in (written / "plots").iterdir()}
+    for name, settings in plots.items():
+        template = json.loads((ROOT / ".dvc" / "plots" / f"{settings['template']}.json").read_text())
+        fields = {channel["field"] for channel in template["encoding"].values()}
+        columns = (written / "plots" / Path(name).name).read_text().splitlines()[0].split(",")
+        assert fields - {"<DVC_METRIC_X>", "<DVC_METRIC_Y>", "rev"} | {settings["x"], settings["y"]} <= set(columns)
 
 
 def test_the_page_loads_nothing(html: str) -> None:
@@ -84,8 +109,10 @@ def test_every_figure_has_a_place_and_is_valid_plotly(html: str) -> None:
     assert set(figures) == set(re.findall(r'<div class="plot" id="([^"]*)"', html))
     assert {
         "accuracy",
-        "kept",
+        "kept-robust",
+        "kept-clean",
         "margins",
+        "margins-by-class",
         "eps",
         "reasons",
         "training-loss",
@@ -98,9 +125,14 @@ def test_every_figure_has_a_place_and_is_valid_plotly(html: str) -> None:
 
 def test_the_page_shows_the_numbers_of_the_table(html: str) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.replace(get_plotlyjs(), "")))
-    assert "87.5 ± 3.5" in text  # puma, clean: 0.90 and 0.85
+    assert "87.5 seeds [55.7, 100.0] images [66.9, 96.0]" in text  # puma, clean: 0.90 and 0.85; SciPy's t and Wilson
     assert "licence 2" in text
-    assert "Least data among the most robust" in text
+    assert "Least data of those not told apart in robust accuracy" in text
+    assert "margins 0.05" in text  # (5000 x 2 + 4000 x 10 passes of the margin model + 350 of DeepFool) / 10^6
+    assert "Warning: gradients are zero at some images: attacks that follow them are unreliable (none-1, random-0" in text
+    assert "Not checked, because Square" in text
+    assert "AutoAttack in part: apgd-ce, apgd-t." in text
+    assert "python -m pipeline repro" in text
 
 
 def test_equal_inputs_give_equal_bytes_and_no_path_or_host(made: Path, tmp_path: Path) -> None:
@@ -138,11 +170,6 @@ def test_a_failed_report_leaves_the_old_one(made: Path, tmp_path: Path) -> None:
 def test_no_strategy_or_no_seed_is_an_input_error(made: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one strategy and one seed"):
         write_report(
-            tmp_path / "report", artifacts_at(made), strategies={}, seeds=[0],
+            tmp_path / "report", artifacts_at(made), params=PARAMS | {"strategies": {}}, seeds=[0],
             title="t", histogram_bins=5, contact_sheet_images=0, confidence=0.95,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(("exact", "value"), [("8/255", 8 / 255), ("2.5/255", 2.5 / 255), ("0.5", 0.5)])
-def test_radii_are_read_from_their_exact_form(exact: str, value: float) -> None:
-    assert radius(exact) == value

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.params import InputError
 from pipeline.reporting.curves import read_curve
-from pipeline.reporting.runs import by_strategy, read_runs
+from pipeline.reporting.runs import by_strategy, radius, read_runs
 from tests.reporting.conftest import SEEDS, STRATEGIES
 
 
@@ -81,3 +81,8 @@ def test_a_missing_or_damaged_training_curve_is_an_input_error(tmp_path: Path) -
     for columns in (("step", "loss"), ("step", "clean_accuracy")):
         with pytest.raises(InputError, match="wanted numbers in the columns"):
             read_curve(tmp_path / "training.csv", "train@puma-0", columns)
+
+
+@pytest.mark.parametrize(("exact", "value"), [("8/255", 8 / 255), ("2.5/255", 2.5 / 255), ("0.5", 0.5)])
+def test_radii_are_read_from_their_exact_form(exact: str, value: float) -> None:
+    assert radius(exact) == value

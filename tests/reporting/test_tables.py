@@ -1,14 +1,16 @@
 """Curves, sentences and tables against hand-worked cases."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from pipeline.reporting.curves import read_curve, thin
-from pipeline.reporting.runs import by_strategy, read_runs
+from pipeline.reporting.runs import Run, by_strategy, read_runs
 from pipeline.reporting.tables import RESULTS, print_headline, write_results
 from pipeline.reporting.verdict import compare_with_baselines, verdict
 from tests.reporting.conftest import SEEDS, STRATEGIES
@@ -76,7 +78,33 @@ def test_comparisons_and_sentences_follow_the_outcomes(made: Path) -> None:
     assert list(found["random"]) == ["none", "puma"]
     assert found["none"]["puma"].clean.mean == pytest.approx(-0.1)
     told = verdict(groups, 0.95)
-    assert told[0].startswith("Highest robust accuracy: none with 77.5%; ")
-    assert told[1].startswith("Highest clean accuracy: none with 97.5%; ")
-    assert told[2] == "Least data among the most robust: puma keeps 80.0% of the training samples."
-    assert verdict({"none": groups["none"]}, 0.95)[0] == "Highest robust accuracy: none with 77.5%; all others are lower."
+    assert told[0] == "Highest robust accuracy: none with 77.5%; random and puma cannot be told apart from it."
+    assert told[1] == "Highest clean accuracy: none with 97.5%; random and puma cannot be told apart from it."
+    assert told[2].startswith("Least data of those not told apart in robust accuracy: puma keeps 80.0% of the training samples")
+    assert told[2].endswith("points from none, which does not show that it is as robust.")
+    assert len(told) == 3
+    alone = verdict({"none": groups["none"]}, 0.95)
+    assert alone == ["Highest robust accuracy: none with 77.5%.", "Highest clean accuracy: none with 97.5%."]
+
+
+def with_outcomes(run: Run, robust: NDArray[np.bool_]) -> Run:
+    return replace(run, robust=float(robust.mean()), robust_outcomes=robust, num_examples=len(robust))
+
+
+def test_only_supported_differences_are_called_lower(made: Path) -> None:
+    none, puma = (
+        by_strategy(read_runs(made / "manifests", made / "evaluations", STRATEGIES, SEEDS))[n] for n in ("none", "puma")
+    )
+    rows = np.arange(400)
+    far = {
+        "none": [with_outcomes(run, rows < 300 + run.seed) for run in none],
+        "puma": [with_outcomes(run, rows < 200 + run.seed) for run in puma],
+    }
+    assert verdict(far, 0.95)[0] == "Highest robust accuracy: none with 75.1%; puma is lower."
+    assert verdict(far, 0.95)[2].endswith("none keeps 100.0% of the training samples and is itself the best.")
+    one_seed = {name: group[:1] for name, group in far.items()}
+    told = verdict(one_seed, 0.95)
+    assert told[0] == "Highest robust accuracy: none with 75.0%; puma cannot be told apart from it."
+    assert told[-1].startswith("One seed compares models, not strategies")
+    unsteady = far | {"puma": [with_outcomes(run, rows < 120 + 160 * run.seed) for run in puma]}
+    assert verdict(unsteady, 0.95)[0] == "Highest robust accuracy: none with 75.1%; puma cannot be told apart from it."

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.params import InputError
+from pipeline.params import InputError, read_yaml
 from stages.report import ReportParams, main
+from tests.conftest import ROOT
 from tests.reporting.artifacts import write_artifacts
 
 PARAMS = """
@@ -20,9 +21,30 @@ strategies:
   none: {}
   puma: {score: margin, keep: 0.8}
 seeds: [0]
-train: {lr: 0.1}
+train: {training: {loss: trades, attack: {num_steps: 10}}}
+margin_model: {kind: import, path: elsewhere}
+margins: {deepfool: {first_candidates: null, candidates: 3}, grand: false}
+threat: {norm: linf}
+ingest: {}
+generator: {kind: none}
+guide: {kind: none}
+judge: {}
+synthesize: {}
+evaluate: {}
+perceptron: {}
 """
-INPUTS = ("real", "synthetic", "generator", "margins", "manifests", "models", "evaluations", "perceptron")
+INPUTS = (
+    "real",
+    "synthetic",
+    "generator",
+    "margin_model",
+    "judge",
+    "margins",
+    "manifests",
+    "models",
+    "evaluations",
+    "perceptron",
+)
 
 
 @pytest.fixture
@@ -51,11 +73,13 @@ def test_a_missing_manifest_is_an_input_error_that_names_the_stage(project: Path
         run_main()
 
 
-def test_the_stage_reads_only_its_own_keys() -> None:
-    assert set(ReportParams.keys()) == {"report", "strategies", "seeds"}
+def test_the_stage_knows_all_parameters_but_where_it_runs() -> None:
+    assert set(ReportParams.keys()) == set(read_yaml(ROOT / "params.yaml")) - {"execution"}
 
 
-@pytest.mark.parametrize("line", ["confidence: 95", "histogram_bins: 1", "contact_sheet_images: -1", "colour: red"])
+@pytest.mark.parametrize(
+    "line", ["confidence: 95", "histogram_bins: 1", "contact_sheet_images: -1", "colour: red", "passes_per_second: 0.0"]
+)
 def test_wrong_parameters_are_refused(project: Path, line: str) -> None:
     name = line.split(":")[0]
     kept = [old for old in PARAMS.splitlines() if not old.strip().startswith(f"{name}:")]

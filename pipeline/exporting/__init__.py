@@ -1,0 +1,1 @@
+"""Trained models for elsewhere: RobustBench, TorchScript and ONNX, each with a model card."""
