@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALL ?= $(BIN)/uv pip install --python $(BIN)/python
 JOBS ?= $(shell nproc)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Stages are many short processes, and compiling PyTorch's Python files again in each costs as much as importing it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup repro test lint check bench
 setup: .venv/done
@@ -21,6 +23,13 @@ check: lint test
 bench: repro
 	$(INSTALL) --constraint constraints.txt --build-constraint benchmarks/build-constraints.txt --editable ".[bench]"
 	python -W ignore benchmarks/deepfool.py
+	python -W ignore benchmarks/read.py
+	python -W ignore benchmarks/ingest.py
+	python -W ignore benchmarks/manifest.py --num-rows 5000000
+	python -W ignore benchmarks/memory.py
+	python -W ignore benchmarks/data_path.py
+	python -W ignore benchmarks/sampling.py --data data
+	python -W ignore benchmarks/training_step.py
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version}"'

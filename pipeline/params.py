@@ -14,6 +14,8 @@ PARAMS_FILE = Path("params.yaml")
 class InputError(ValueError):
     """Something the user gave is wrong; the message says what was wanted, what came and what to do."""
 
+    exit_status = 1
+
 
 class Section(BaseModel):
     """A group of parameters: immutable, unknown keys and coercions (such as "8" for 8) are errors."""
@@ -61,11 +63,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: wanted a YAML file, found none; run from the root of the project")
     try:
-        params = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """As `read_yaml`, from text."""
+    try:
+        params = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise InputError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(params, dict):
-        raise InputError(f"{path}: wanted a mapping of sections, got {type(params).__name__}")
+        raise InputError(f"{origin}: wanted a mapping of sections, got {type(params).__name__}")
     return params
 
 

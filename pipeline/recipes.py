@@ -17,7 +17,7 @@ RECIPES = Path("recipes")
 
 
 def available() -> list[Path]:
-    return sorted(RECIPES.glob("*.yaml"))
+    return sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
 
 
 def summary(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Small real data and models that several test modules share."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from pipeline.images import Chunk, ImageStore, write_store
 from pipeline.models import Classifier, ModelParams, build_network
 from pipeline.sources.digits import DigitsParams
 
+os.environ.setdefault("PUMA_EXECUTION", "{backend: local}")  # also where SLURM is installed
 torch.set_num_threads(1)  # the test processes share the cores
 
 ROOT = Path(__file__).parents[1]

@@ -84,6 +84,40 @@ def test_every_recipe_is_valid_for_every_stage(recipe: str, monkeypatch: pytest.
     project.check_params(recipes.parse(recipes.read(recipe, [])), recipe)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "depth", "width", "epochs", "batch_size", "fraction", "filtered"),
+    [
+        ("cifar10-edm-1m", 28, 10, 400, 512, 0.7, True),
+        ("cifar10-edm-20m", 28, 10, 2400, 2048, 0.8, False),
+        ("cifar10-edm-50m-wrn70", 70, 16, 2000, 1024, 0.8, False),
+    ],
+)
+def test_the_published_recipes_have_the_published_settings_each_with_its_source(
+    recipe: str, depth: int, width: int, epochs: int, batch_size: int, fraction: float, filtered: bool
+) -> None:
+    """The table of Wang et al. (arXiv:2302.04638) and of their code, and a comment on every line that could differ."""
+    text = (ROOT / "recipes" / f"{recipe}.yaml").read_text()
+    params = recipes.parse(text)
+    training, source = params["train"]["training"], params["synthesize"]["source"]
+    assert params["train"]["model"] == {"architecture": "wideresnet", "arguments": {"depth": depth, "width": width}}
+    assert (training["epochs"], training["batch_size"], training["synthetic_fraction"]) == (epochs, batch_size, fraction)
+    assert (training["loss"], training["beta"], training["label_smoothing"]) == ("trades", 5.0, 0.1)
+    assert (training["lr"], training["warmup_fraction"], training["weight_decay"]) == (0.2, 0.025, 5e-4)
+    assert (training["ema_decay"], training["holdout"]) == (0.995, 1024)
+    assert (training["attack"], training["selection_attack"]) == (
+        {"num_steps": 10, "step_size_255": 2}, {"num_steps": 40, "step_size_255": 2}
+    )  # fmt: skip
+    assert training["attack_batchnorm"] == "batch"
+    assert training["augmentation"] == {"crop_padding": 4, "flip": True}
+    assert (params["threat"], source["filtered"], source["num_images"]) == ({"norm": "linf", "eps_255": 8}, filtered, None)
+    assert (params["evaluate"]["version"], params["ingest"]["max_test"]) == ("standard", None)
+    for section in ("seeds", "threat", "ingest", "synthesize", "margin_model", "train", "evaluate"):
+        body = re.search(rf"^{section}:.*(?:\n +.*)*", text, re.MULTILINE)
+        assert body
+        values = [line for line in body[0].splitlines() if re.search(r": [^&*#]", line)]
+        assert [line for line in values if " # " not in line] == []
+
+
 def test_the_default_is_the_digits_recipe() -> None:
     assert (ROOT / "params.yaml").read_text() == (ROOT / "recipes" / "digits.yaml").read_text()
 
@@ -114,6 +148,10 @@ def test_all_strategies_of_the_readme_are_one_line_away() -> None:
         ("evaluate.attacks=[]", "a list of different attacks"),
         ("execution.device=tpu", "execution.device: Input should be 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ("ingest.source.kind=zip", "ingest.source"),
+        ("train.model.architecture=alexnet", "train.model: Value error, wanted an architecture out of preactresnet, resnet"),
+        ("train.model.arguments={depth: 9}", "train.model: Value error, arguments of preactresnet: got an unexpected keyword"),
+        ("train.model.arguments={width: 0}", "train.model: preactresnet: wanted at least one block per stage"),
+        ("margin_model.model={architecture: vit, arguments: {patch_size: 3}}", "margin_model.model: vit: wanted square images"),
         ("seeds=[a]", "seeds"),
         ("strategies=[]", "wanted a mapping of names to strategies, got []"),
         ("trian={a: 1}", "no stage reads trian, known sections are evaluate, execution"),
@@ -140,7 +178,8 @@ def test_a_recipe_keeps_its_comments_and_names_what_it_cannot_set(monkeypatch: p
     for wrong, message in [("seeds", "wanted KEY=VALUE"), ("nothing.at.all=1", "a KEY that the recipe has"), ("a=[", "YAML")]:
         with pytest.raises(InputError, match=message):
             recipes.read("digits", [wrong])
-    with pytest.raises(InputError, match="wanted one of the recipes cifar10-small, digits; got 'imagenet'"):
+    known = ", ".join(sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+    with pytest.raises(InputError, match=f"wanted one of the recipes {known}; got 'imagenet'"):
         recipes.read("imagenet", [])
 
 
@@ -150,3 +189,9 @@ def test_setting_one_section_leaves_the_section_it_shared_an_alias_with(monkeypa
     assert changed["train"]["training"]["epochs"] == 99
     assert changed["margin_model"]["training"]["epochs"] != 99
     assert changed["strategies"] == {"a": {"keep": 0.5}}
+
+
+def test_execution_alone_imports_submitit() -> None:
+    users = {path for path in ROOT.glob("[ps]*/**/*.py") if re.search(r"^\s*(from|import) submitit", path.read_text(), re.M)}
+    assert users
+    assert {path.parent for path in users} == {ROOT / "pipeline/execution"}

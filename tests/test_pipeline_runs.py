@@ -1,17 +1,13 @@
 """DVC run for real on a tiny configuration: what reruns, what is restored, what is published."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline import recipes
-from pipeline.params import read_yaml
-from tests.conftest import ROOT
+from tests.projects import check_same_results, checkout, planned, repro, shell
 
 pytestmark = pytest.mark.xdist_group("pipeline_runs")
 
@@ -29,48 +25,12 @@ TINY = [
     "train.training.epochs=1",
     "train.training.holdout=20",
     "margins.max_not_converged=1.0",
+    "margins.shard_rows=100",
     "evaluate.attacks=[apgd-ce]",
     "perceptron={dimension: 8, eps: 0.5, fractions: [0.5], alphas: [1, 4], num_seeds: 2, num_examples: 1000, "
     "weight_decay: 0.001, probe_angle_deg: 0.0, seed: 0}",
     "report.contact_sheet_images=4",
 ]
-
-
-def shell(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-
-
-def clone(target: Path) -> Path:
-    """A checkout of the working tree with the tiny configuration committed."""
-    target.mkdir()
-    for name in (
-        "dvc.yaml",
-        "pipeline",
-        "stages",
-        "recipes",
-        "data/.gitignore",
-        ".dvc/config",
-        ".dvc/.gitignore",
-        ".dvcignore",
-    ):
-        source = ROOT / name
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target / name)
-    (target / "params.yaml").write_text(recipes.read("digits", TINY))
-    assert shell("git init -q && git add -A && git -c user.name=t -c user.email=t@t commit -qm start", target).returncode == 0
-    return target
-
-
-def repro(project: Path, *flags: str) -> set[str]:
-    """The stages that `dvc repro` ran; its failure is the test's."""
-    result = shell(" ".join(["dvc repro", *flags]), project)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return set(re.findall(r"Running stage '(.+)'", result.stdout))
 
 
 def change(project: Path, *assignments: str) -> None:
@@ -81,10 +41,10 @@ def change(project: Path, *assignments: str) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that has run once, from nothing."""
-    project = clone(tmp_path_factory.mktemp("finished") / "project")
+    project = checkout(tmp_path_factory.mktemp("finished") / "project", recipes.read("digits", TINY))
     ran = repro(project)
     assert ran == {
-        "ingest", "generator", "synthesize", "margin_model", "margins", "perceptron", "report",
+        "ingest", "generator", "guide", "synthesize", "margin_model", "judge", "margins", "perceptron", "report",
         *(f"manifest@{s}" for s in ("none", "puma")),
         *(f"{stage}@{s}-0" for stage in ("train", "evaluate") for s in ("none", "puma")),
     }  # fmt: skip
@@ -105,9 +65,16 @@ def test_a_second_run_a_comment_and_any_execution_key_rerun_nothing(finished: Pa
 def test_only_what_a_change_touches_reruns_and_going_back_is_free(finished: Path) -> None:
     lock = (finished / "dvc.lock").read_text()
     change(finished, "report.histogram_bins=10")
+    assert planned(finished) == {"report": "params changed: report"}
     assert repro(finished) == {"report"}
     change(finished, "strategies.puma.keep=0.6")
-    assert repro(finished) == {"manifest@puma", "train@puma-0", "evaluate@puma-0", "report"}
+    expected = {"manifest@puma", "train@puma-0", "evaluate@puma-0", "report"}
+    plan = planned(finished)
+    assert set(plan) == expected
+    assert plan["manifest@puma"] == "params changed: strategies.puma"
+    assert plan["train@puma-0"] == "after manifest@puma"
+    assert repro(finished) == expected
+    assert planned(finished) == {}
     change(finished)
     assert repro(finished) == set()
     assert (finished / "dvc.lock").read_text() == lock
@@ -148,21 +115,25 @@ def test_the_table_is_printed_and_the_dvc_commands_show_something_useful(finishe
 
 
 def test_two_clones_give_the_same_bytes_and_so_do_stages_side_by_side(finished: Path, tmp_path: Path) -> None:
-    project = clone(tmp_path / "other")
+    project = checkout(tmp_path / "other", recipes.read("digits", TINY))
     result = shell("python -m pipeline repro -j 2", project)
     assert result.returncode == 0, result.stdout + result.stderr
     change(finished)
     assert repro(finished) is not None
-    assert read_yaml(project / "dvc.lock") == read_yaml(finished / "dvc.lock")
+    check_same_results(project, finished)
     assert repro(project) == set()
+    again = shell("python -m pipeline repro", project)
+    restored = shell("rm -r data/report && python -m pipeline repro", project)
+    for printed in (result.stdout, again.stdout, restored.stdout):
+        assert len(re.findall(r"strategy +seed +kept +clean +robust", printed)) == 1, printed
 
 
 @pytest.mark.parametrize(
     ("assignment", "stage", "message"),
     [
         ("train.training.lr=-1.0", "train", "train.training.lr: Input should be greater than 0, got -1"),
-        ("train.training.lr=1.0e+30", "train", "the loss is nan before step"),
-        ("train.model.architecture=resnet", "train", "wanted one of preactresnet, wideresnet"),
+        ("train.training.lr=1.0e+30", "train", "the loss is nan at step 1"),
+        ("train.model.architecture=alexnet", "train", "wanted an architecture out of preactresnet, resnet"),
         ("train.model.arguments.depth=3", "train", "unexpected keyword argument 'depth'"),
         ("train.training.holdout=1000", "train", "wanted fewer than the 150 real training images, got 1000"),
         ("strategies.puma.keep=0.001", "manifest", "keeps none of 190 rows; raise keep"),
@@ -188,7 +159,7 @@ def test_bad_input_ends_in_one_clear_line_and_publishes_nothing(
         "train": "data/real/train data/synthetic data/manifests/puma data/models/puma-0 0",
         "manifest": "data/margins data/manifests/puma",
         "evaluate": "data/real/test data/models/puma-0 data/evaluations/puma-0 puma 0",
-        "synthesize": "data/real/train data/generator data/synthetic",
+        "synthesize": "data/real/train data/generator data/guide data/synthetic",
         "margin_model": "data/real/train data/synthetic data/margin_model",
     }
     result = shell(f"python -m stages.{stage} {commands[stage]}", project)
