@@ -1,6 +1,5 @@
 """Recipes: whole params.yaml files, chosen by name and changed key by key."""
 
-import copy
 import difflib
 import io
 from collections.abc import Iterator
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from pipeline.params import InputError, read_yaml
@@ -67,9 +65,6 @@ def assign(content: Any, assignment: str) -> None:
     for part in parents:
         if not isinstance(node, dict) or not isinstance(node.get(part), dict):
             raise InputError(f"--set {assignment}: wanted KEY=VALUE with a KEY that the recipe has")
-        node[part] = copy.deepcopy(node[part])  # an alias of another section must not change with it
-        if isinstance(node[part], CommentedMap):
-            node[part].yaml_set_anchor(None)
         node = node[part]
     if not equals or not isinstance(node, dict):
         raise InputError(f"--set {assignment}: wanted KEY=VALUE with a KEY that the recipe has")

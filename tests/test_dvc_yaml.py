@@ -3,16 +3,38 @@
 import inspect
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from dvc.utils.hydra import apply_overrides
+from ruamel.yaml import YAML
+from ruamel.yaml.tokens import AliasToken, AnchorToken
 
 from pipeline import project, recipes
 from pipeline.dependencies import code_deps
-from pipeline.params import InputError, StageParams, read_yaml
+from pipeline.params import InputError, StageParams, lookup, read_yaml
 from tests.conftest import ROOT
 
 STAGES = list(read_yaml(ROOT / "dvc.yaml")["stages"])
+PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
+KEYS = (
+    *("margin_model.training.epochs", "margin_model.model.arguments.width", "train.training.attack.num_steps"),
+    *("train.training.epochs", "train.model.arguments.width", "ingest.source.size", "synthesize.source.source.size"),
+    *("strategies.puma.eps.scale", "strategies.puma-50.eps.scale", "strategies.adaptive_eps.eps.scale"),
+    *("guide.training.epochs", "perceptron.dimension"),
+)
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all that is no mapping."""
+    for key, value in node.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+
+SETTABLE = [(path, key) for path in PARAMS_FILES for key in leaves(read_yaml(path)) if key in KEYS]
 
 
 def body(stage: str) -> dict[str, list[str]]:
@@ -183,11 +205,30 @@ def test_a_recipe_keeps_its_comments_and_names_what_it_cannot_set(monkeypatch: p
         recipes.read("imagenet", [])
 
 
-def test_setting_one_section_leaves_the_section_it_shared_an_alias_with(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", PARAMS_FILES, ids=lambda path: path.stem)
+def test_sections_are_written_out_with_no_anchor_alias_or_merge(path: Path) -> None:
+    """DVC's `--set-param` would change nothing there, or other sections too."""
+    tokens = list(YAML(pure=True).scan(path.read_text()))
+    assert len(tokens) > 100
+    assert not [token for token in tokens if isinstance(token, AnchorToken | AliasToken) or getattr(token, "value", "") == "<<"]
+
+
+@pytest.mark.parametrize(("path", "key"), SETTABLE, ids=lambda value: value if isinstance(value, str) else value.stem)
+def test_setting_one_key_changes_that_key_alone(path: Path, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through DVC's own `exp run --set-param` and through `recipe --set`."""
+    wanted = read_yaml(path)
+    section = lookup(wanted, key.rpartition(".")[0], path.name)
+    section[key.rpartition(".")[2]] = 77
+    copied = Path(shutil.copy(path, tmp_path / "params.yaml"))
+    apply_overrides(copied, [f"{key}=77"])
+    assert read_yaml(copied) == wanted
     monkeypatch.chdir(ROOT)
-    changed = recipes.parse(recipes.read("digits", ["train.training.epochs=99", "strategies={a: {}}", "strategies.a.keep=0.5"]))
-    assert changed["train"]["training"]["epochs"] == 99
-    assert changed["margin_model"]["training"]["epochs"] != 99
+    assert path.parent == ROOT or recipes.parse(recipes.read(path.stem, [f"{key}=77"])) == wanted
+
+
+def test_a_key_can_be_set_in_a_mapping_that_was_set_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    changed = recipes.parse(recipes.read("digits", ["strategies={a: {}}", "strategies.a.keep=0.5"]))
     assert changed["strategies"] == {"a": {"keep": 0.5}}
 
 
