@@ -152,14 +152,23 @@ class ImageStore:
 
 
 def load_map(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """Memory-map an .npy file of the given shape and type."""
+    """Memory-map an .npy file of the given shape and type.
+
+    Raises:
+        InputError: it is missing, damaged, or of another shape or type.
+    """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({error}); rebuild the store") from None
+        array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy reads the header as Python: SyntaxError, TokenError, MemoryError, RecursionError, ...
+        raise InputError(f"{path}: not readable ({one_line(error)}); rebuild the store") from None
     if array.shape != shape or array.dtype != dtype:
         raise InputError(f"{path}: wanted {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}; rebuild the store")
     return array
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of another library says, or its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def shard_name(index: int) -> str:

@@ -44,12 +44,17 @@ def verify(store: Path) -> list[Problem]:
 
 
 def check_file(path: Path, shape: tuple[int, ...], dtype: type[np.generic], digest: str) -> list[Problem]:
+    """What is wrong with one file; its header is parsed only where its bytes are those that were written."""
     try:
+        found = digest_file(path)
+        if found != digest:
+            return [f"{path}: its bytes have changed: wanted SHA-256 {digest}, got {found}"]
         load_map(path, shape, dtype)
+    except OSError as error:
+        return [f"{path}: not readable ({error.strerror}); rebuild the store"]
     except InputError as error:
         return [str(error)]
-    found = digest_file(path)
-    return [] if found == digest else [f"{path}: its bytes have changed: wanted SHA-256 {digest}, got {found}"]
+    return []
 
 
 def check_counts(store: Path, header: StoreHeader) -> Iterator[Problem]:

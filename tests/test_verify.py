@@ -1,17 +1,20 @@
 """Whatever happens to a store after it was written is found and the file is named."""
 
+import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.images import write_store
+from pipeline.images import StoreHeader, load_map, write_store
 from pipeline.params import InputError
-from pipeline.verify import stores_below, verify
+from pipeline.verify import check_counts, check_file, stores_below, verify
 from tests.conftest import ROOT
 
 
@@ -32,6 +35,10 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def digest_file_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def edit(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     header = json.loads((path / "store.json").read_text())
     change(header)
@@ -47,7 +54,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a flipped source row": (lambda s: flip(s / "source_rows.npy"), ["source_rows.npy: its bytes have changed"]),
     "a truncated shard": (
         lambda s: (s / "images-00002.npy").write_bytes((s / "images-00002.npy").read_bytes()[:-1]),
-        ["images-00002.npy: not readable"],
+        ["images-00002.npy: its bytes have changed"],
     ),
     "a missing shard": (lambda s: (s / "images-00000.npy").unlink(), ["images-00000.npy: not readable"]),
     "a shard too many": (
@@ -87,6 +94,37 @@ def test_damage_is_found_and_the_file_is_named(store: Path, damage: Callable[[Pa
     for problem, part in zip(problems, wanted, strict=True):
         assert problem.startswith(str(store))
         assert part in problem
+
+
+@pytest.mark.parametrize("name", ["images-00001.npy", "labels.npy", "source_rows.npy"])
+def test_a_flip_in_every_byte_of_a_header_is_found_and_no_reader_fails_on_it_otherwise(store: Path, name: str) -> None:
+    header, content = StoreHeader.read(store), (store / name).read_bytes()
+    shape, dtype = ((4, 2, 3, 3), np.uint8) if name.startswith("images") else ((10,), np.int64)
+    for place in range(256):  # two bits of every byte, others in the next
+        damaged = bytearray(content)
+        damaged[place // 2] ^= 1 << 5 * place % 8
+        (store / name).write_bytes(damaged)
+        (problem,) = check_file(store / name, shape, dtype, digest_file_of(content))
+        assert problem.startswith(f"{store / name}: its bytes have changed")
+        list(check_counts(store, header))  # it parses the labels itself
+        with suppress(InputError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy on a header as of Python 2
+            load_map(store / name, shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"(" * 5000, b"{" * 60_000, b"[" * 60, b"{[]: 1}", b"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b""],
+    ids=["a deep one", "a long one", "one not closed", "one without a hash", "one of objects", "none"],
+)
+def test_a_hostile_header_whose_digest_is_right_is_named_in_one_line(store: Path, header: bytes) -> None:
+    content = b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little") + header
+    (store / "labels.npy").write_bytes(content)
+    edit(store, lambda h: h.update(labels_sha256=digest_file_of(content)))
+    (problem,) = verify(store)
+    assert problem.startswith(f"{store / 'labels.npy'}: not readable (")
+    assert "\n" not in problem
+    assert "()" not in problem
 
 
 def test_the_stores_below_a_folder_are_found_and_a_folder_without_is_refused(store: Path, tmp_path: Path) -> None:
