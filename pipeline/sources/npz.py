@@ -17,7 +17,7 @@ from pipeline.images import Chunk, Labels
 from pipeline.params import InputError, Section
 from pipeline.sources.corrupt import Corrupt
 from pipeline.sources.npz_member import Member, open_array, open_member, reading
-from pipeline.sources.rows import Rows, permuted
+from pipeline.sources.rows import Rows, permutation, permuted
 from pipeline.sources.source import (
     Snapshot,
     Source,
@@ -32,6 +32,8 @@ from pipeline.sources.source import (
     pieces,
     snapshot,
 )
+
+LABEL_ROWS = 2**20  # read at once
 
 
 class NpzParams(Section):
@@ -180,6 +182,8 @@ class Archives:
 def check_pair(images: Member, labels: Member) -> None:
     if images.dtype != np.uint8 or len(images.shape) not in (3, 4):
         raise InputError(f"{images.file}: {images.key!r}: wanted uint8 (n, H, W, C), got {images.dtype} {images.shape}")
+    if 0 in images.shape[1:]:
+        raise InputError(f"{images.file}: {images.key!r}: wanted sides and channels of 1 or more, got {images.shape}")
     if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
         raise InputError(f"{labels.file}: {labels.key!r}: wanted integers (n,), got {labels.dtype} {labels.shape}")
     if images.shape[0] != labels.shape[0]:
@@ -228,16 +232,18 @@ def array_source(
 
 def read_labels(archives: Archives) -> Labels:
     """All labels (n,)."""
-    parts = []
-    for member in archives.labels:
+    labels = np.empty(len(archives), np.int64)
+    for member, row in zip(archives.labels, archives.starts.tolist(), strict=False):
         with reading(member.file), member.opened(any_order=False) as (file, start):
-            parts.append(member.rows(file, start, np.arange(member.shape[0])).astype(np.int64))
-    return np.concatenate(parts)
+            for first in range(0, member.shape[0], LABEL_ROWS):
+                rows = np.arange(first, min(first + LABEL_ROWS, member.shape[0]))
+                labels[row + first : row + first + len(rows)] = member.rows(file, start, rows)
+    return labels
 
 
 def archive_split(archives: Archives, labels: Labels, seed: int | None) -> Split:
     """All rows, in their order or in that which the seed draws."""
-    order = None if seed is None else permuted(np.arange(len(labels)), len(labels), seed)
+    order = None if seed is None else permutation(len(labels), len(labels), seed)
 
     def read(rows: Rows, _: Corrupt) -> Iterator[Chunk]:
         parts = (part if order is None else order[part] for part in pieces(rows, archives.shape))
@@ -274,6 +280,6 @@ def stream(
     return count, archives.chunks(parts, any_order=True)
 
 
-def source_rows(origin: dict[str, Any], rows: Rows) -> Rows:
-    """The row in the files, counted over all of them, of rows (B,) of a synthetic store that `stream` filled."""
-    return permuted(rows, sum(file["rows"] for file in origin["files"]), origin["seed"])
+def source_rows(origin: dict[str, Any], num_images: int) -> Rows:
+    """The row in the files, counted over all of them, of each image of a synthetic store (n,) that `stream` filled."""
+    return permutation(num_images, sum(file["rows"] for file in origin["files"]), origin["seed"])

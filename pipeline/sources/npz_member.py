@@ -1,6 +1,8 @@
 """One array in an .npz archive, read by rows straight from the archive and never loaded."""
 
 import errno
+import io
+import lzma
 import shutil
 import struct
 import zipfile
@@ -17,9 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifacts import digest_file
+from pipeline.images import one_line
 from pipeline.params import InputError
 from pipeline.sources.rows import Rows
 from pipeline.sources.source import check_expansion
+
+MAX_HEADER_BYTES = 2**16
+# What zipfile and the decompressors raise on damaged bytes; RuntimeError: encrypted, or an unknown compression.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -62,13 +80,14 @@ class Member:
         """Rows (B,) in their order: (B, ...). They are read in ascending order, one read for each run of neighbours."""
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
+        firsts = np.flatnonzero(np.diff(ascending, prepend=-2) != 1)  # of runs
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         space = found.reshape(-1).view(np.uint8).data
         row_bytes = self.dtype.itemsize * prod(self.shape[1:])
-        cuts = (np.flatnonzero(np.diff(ascending) != 1) + 1).tolist()
-        offsets = (start + ascending * row_bytes).tolist()
-        for first, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True) if len(rows) else ():
-            file.seek(offsets[first])
+        offsets = start + ascending[firsts] * row_bytes
+        runs = zip(offsets.tolist(), firsts.tolist(), [*firsts[1:].tolist(), len(rows)], strict=True) if len(rows) else ()
+        for offset, first, stop in runs:
+            file.seek(offset)
             filled, wanted = first * row_bytes, stop * row_bytes
             while filled < wanted:
                 count = file.readinto(space[filled:wanted])  # type: ignore[attr-defined]
@@ -87,10 +106,12 @@ def reading(file: Path, kind: str = ".npz") -> Iterator[None]:
     """Whatever cannot be read in an archive becomes an InputError."""
     try:
         yield
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+    except InputError:
+        raise
+    except UNREADABLE as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise  # a compressed member fills the disk when it is unpacked
-        raise InputError(f"{file}: not a readable {kind} file ({error}); fetch or write it again") from error
+        raise InputError(f"{file}: not a readable {kind} file ({one_line(error)}); fetch or write it again") from error
 
 
 def open_member(file: Path, key: str) -> Member:
@@ -104,15 +125,17 @@ def open_member(file: Path, key: str) -> Member:
         if key not in keys:
             raise InputError(f"{file}: wanted an array {key!r}, got: {', '.join(keys) or 'none'}")
         entry = archive.getinfo(f"{key}.npy")
+        at, stored = data_offset(file, entry), entry.compress_type == zipfile.ZIP_STORED
+        packed = max(entry.compress_size, entry.file_size) if stored else entry.compress_size
+        if (end := at + packed) > (num_bytes := file.stat().st_size):
+            raise InputError(f"{file}: {key!r}: wanted {end} bytes, as its directory says, got {num_bytes}; fetch it again")
+        check_expansion(f"{file}: {key!r}", packed, entry.file_size)
         with archive.open(entry) as member:
-            shape, dtype = read_header(member, f"{file}: {key!r}")
-            body = member.tell()
-        at = stored_at(file, entry)
+            shape, dtype, body = read_header(member, f"{file}: {key!r}")
     wanted = body + dtype.itemsize * prod(shape)
     if entry.file_size != wanted:
         raise InputError(f"{file}: {key!r}: wanted {wanted} bytes for {dtype} {shape}, got {entry.file_size}; fetch it again")
-    check_expansion(f"{file}: {key!r}", entry.compress_size, entry.file_size)
-    return Member(file, key, shape, dtype, body, at, {"crc32": f"{entry.CRC:08x}"})
+    return Member(file, key, shape, dtype, body, at if stored else None, {"crc32": f"{entry.CRC:08x}"})
 
 
 def open_array(file: Path, key: str) -> Member:
@@ -122,37 +145,39 @@ def open_array(file: Path, key: str) -> Member:
         InputError: not an array, an array of Python objects, or one cut short.
     """
     with reading(file, ".npy"), file.open("rb") as content:
-        shape, dtype = read_header(content, str(file))
-        body = content.tell()
+        shape, dtype, body = read_header(content, str(file))
     wanted, got = body + dtype.itemsize * prod(shape), file.stat().st_size
     if got != wanted:
         raise InputError(f"{file}: wanted {wanted} bytes for {dtype} {shape}, got {got}; fetch it again")
     return Member(file, key, shape, dtype, body, 0, {"file": file.as_posix(), "sha256": digest_file(file)})
 
 
-def read_header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the .npy that begins here; leaves member at its first row."""
+def read_header(member: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape and type of the .npy that begins here, and the offset of its first row."""
+    content = io.BytesIO(member.read(MAX_HEADER_BYTES))  # a header may claim 4 GiB
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        version = np.lib.format.read_magic(member)
+        version = np.lib.format.read_magic(content)
         if version not in readers:
             raise InputError(f"{where}: wanted .npy version 1.0 or 2.0, got {version}; write it with numpy.save")
-        shape, fortran_order, dtype = readers[version](member)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{where}: not an .npy array ({error})") from error
+        shape, fortran_order, dtype = readers[version](content)
+    except InputError:
+        raise
+    except Exception as error:  # numpy reads the header as Python: SyntaxError, TokenError, MemoryError, RecursionError, ...
+        raise InputError(f"{where}: not an .npy array ({one_line(error)})") from error
+    if min(shape, default=0) < 0:
+        raise InputError(f"{where}: wanted no axis below 0, got {shape}; fetch it again")
     if dtype.hasobject:
         raise InputError(f"{where}: wanted numbers, got an array of Python objects, which would have to be unpickled: refused")
     if fortran_order and len(shape) > 1:
         raise InputError(
             f"{where}: wanted rows one after the other (C order), got Fortran order; save np.ascontiguousarray of it"
         )
-    return shape, dtype
+    return shape, dtype, content.tell()
 
 
-def stored_at(file: Path, entry: zipfile.ZipInfo) -> int | None:
-    """Where the bytes of an uncompressed member begin: after its local header, whose name and extra field vary in length."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        return None
+def data_offset(file: Path, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin: after its local header, whose name and extra field vary in length."""
     with file.open("rb") as raw:
         raw.seek(entry.header_offset + 26)
         name_bytes, extra_bytes = struct.unpack("<HH", raw.read(4))

@@ -9,6 +9,7 @@ from pipeline.images import Labels
 Rows = NDArray[np.int64]  # (n,)
 
 ROUNDS = 8
+PIECE = 2**20
 
 
 def permuted(positions: Rows, count: int, seed: int) -> Rows:
@@ -25,6 +26,15 @@ def permuted(positions: Rows, count: int, seed: int) -> Rows:
         rows[outside] = feistel(rows[outside], half, keys)
         outside = outside[rows[outside] >= count]
     return rows.astype(np.int64)
+
+
+def permutation(num_rows: int, count: int, seed: int) -> Rows:
+    """The first num_rows of `permuted`, made piece by piece, so that they alone are in memory."""
+    rows = np.empty(num_rows, np.int64)
+    for first in range(0, num_rows, PIECE):
+        positions = np.arange(first, min(first + PIECE, num_rows))
+        rows[positions[0] : positions[-1] + 1] = permuted(positions, count, seed)
+    return rows
 
 
 def feistel(numbers: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -46,7 +56,7 @@ def stratified(labels: Labels, num_rows: int, seed: int) -> Rows:
     counts = np.bincount(labels)
     quota, remainder = np.divmod(counts * num_rows, len(labels))
     quota[np.argsort(-remainder, kind="stable")[: num_rows - quota.sum()]] += 1
-    order = permuted(np.arange(len(labels)), len(labels), seed)
+    order = permutation(len(labels), len(labels), seed)
     by_class = order[np.argsort(labels[order], kind="stable")]
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(by_class[rank < np.repeat(quota, counts)])

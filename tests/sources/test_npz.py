@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.images import Chunk
 from pipeline.params import InputError
-from pipeline.sources import source
+from pipeline.sources import npz, source
 from pipeline.sources.corrupt import Corrupt
 from pipeline.sources.npz import Archives, NpyPair, NpyParams, NpzParams, open_npz, source_rows, stream
 from pipeline.sources.rows import permuted
@@ -131,6 +131,10 @@ def npy(array: NDArray[np.generic]) -> bytes:
     return buffer.getvalue()
 
 
+def header(text: bytes, claimed: int | None = None) -> bytes:
+    return b"\x93NUMPY\x02\x00" + (len(text) if claimed is None else claimed).to_bytes(4, "little") + text
+
+
 IMAGES, LABELS = sample(10)
 BAD = {
     "no such key": ({"images": npy(IMAGES), "label": npy(LABELS)}, "wanted an array 'image', got: images, label"),
@@ -154,6 +158,24 @@ BAD = {
     ),
     "Fortran order": ({"image": npy(np.asfortranarray(IMAGES)), "label": npy(LABELS)}, "got Fortran order"),
     "not an array": ({"image": b"hello world", "label": npy(LABELS)}, "'image': not an .npy array (the magic string is not"),
+    "an unbalanced header": (
+        {"image": header(b"{'descr': ((("), "label": npy(LABELS)},
+        "'image': not an .npy array (",
+    ),
+    "a deep header": ({"image": header(b"(" * 5000), "label": npy(LABELS)}, "'image': not an .npy array ("),
+    "an endless header": ({"image": header(b"", 2**32 - 1), "label": npy(LABELS)}, "'image': not an .npy array (EOF: reading"),
+    "axes below 0": (
+        {"image": header(b"{'descr': '|u1', 'fortran_order': False, 'shape': (-2, -2, 1)}") + b"1234", "label": npy(LABELS)},
+        "wanted no axis below 0, got (-2, -2, 1)",
+    ),
+    "no height": (
+        {"image": npy(IMAGES[:, :0]), "label": npy(LABELS)},
+        "wanted sides and channels of 1 or more, got (10, 0, 3, 3)",
+    ),
+    "no channels": (
+        {"image": npy(IMAGES[..., :0]), "label": npy(LABELS)},
+        "wanted sides and channels of 1 or more, got (10, 4",
+    ),
     "newer version": ({"image": b"\x93NUMPY\x09\x00", "label": npy(LABELS)}, "wanted .npy version 1.0 or 2.0, got (9, 0)"),
 }
 
@@ -165,6 +187,49 @@ def test_an_archive_of_another_make_is_refused_by_name(tmp_path: Path, members: 
         stream([file], seed=0)
     assert str(error.value).startswith(file)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file_size": 60_000_000 + 72}, "'label': wanted 6"),
+        ({"file_size": 60_000_000 + 72, "compress_size": 60_000_000 + 72}, "'label': wanted 6"),
+        ({"compress_size": 2**40, "compress_type": zipfile.ZIP_DEFLATED}, "'label': wanted 1099511"),
+        ({"flag_bits": 1}, "is encrypted"),
+        ({"compress_type": 99}, "not a readable .npz file (That compression method is not supported"),
+    ],
+    ids=["rows", "rows and bytes", "packed bytes", "encrypted", "an unknown compression"],
+)
+def test_a_directory_that_lies_is_refused_before_a_row_is_read(tmp_path: Path, change: dict[str, int], message: str) -> None:
+    """As of 60 million rows in an archive of a few hundred bytes."""
+    shape = b"{'descr': '|u1', 'fortran_order': False, 'shape': (60000000,"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("image.npy", npy(IMAGES))
+        file.writestr("label.npy", header(shape + b")}"))
+        for name, value in change.items():
+            setattr(file.filelist[1], name, value)
+    tracemalloc.start()
+    with pytest.raises(InputError) as error:
+        Archives.open([tmp_path / "a.npz"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(error.value).startswith(str(tmp_path / "a.npz"))
+    assert message in str(error.value)
+    assert peak < 2**21
+
+
+def test_labels_are_read_in_the_memory_that_they_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npz, "LABEL_ROWS", 2**14)
+    labels = (np.arange(400_000) % 200).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", image=np.zeros((400_000, 1, 1), np.uint8), label=labels)
+    archives = Archives.open([tmp_path / "a.npz"] * 2)
+    tracemalloc.start()
+    found = npz.read_labels(archives)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, np.tile(labels, 2).astype(np.int64), strict=True)
+    assert peak < found.nbytes + 2**21
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
@@ -231,8 +296,8 @@ def test_the_source_row_of_a_drawn_image_follows_from_the_origin(tmp_path: Path)
     files = [Path(save(tmp_path / f"{index}.npz", chunk)) for index, chunk in enumerate(chunks)]
     images, _ = joined(stream([str(file) for file in files], seed=5)[1])
     origin = {"files": Archives.open(files).origin(), "seed": 5}
-    rows = np.array([0, 17, 100])
-    np.testing.assert_array_equal(images[rows], joined(chunks)[0][source_rows(origin, rows)])
+    np.testing.assert_array_equal(images, joined(chunks)[0][source_rows(origin, 101)])
+    np.testing.assert_array_equal(images[:60], joined(chunks)[0][source_rows(origin, 60)])
 
 
 def test_pairs_of_npy_files_give_their_arrays(tmp_path: Path) -> None:

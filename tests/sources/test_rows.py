@@ -1,9 +1,11 @@
 """Seeded permutations and stratified subsets."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.sources import rows
 from pipeline.sources.rows import hold_out, permuted, stratified
 
 
@@ -13,6 +15,13 @@ def test_permuted_is_a_permutation_and_its_parts_agree_with_it(count: int, seed:
     whole = permuted(np.arange(count), count, seed)
     assert sorted(whole.tolist()) == list(range(count))
     np.testing.assert_array_equal(permuted(np.arange(count // 3, count), count, seed), whole[count // 3 :])
+
+
+def test_a_permutation_made_in_pieces_is_that_of_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "PIECE", 7)
+    for count in (1, 7, 50):
+        np.testing.assert_array_equal(rows.permutation(count, 50, 3), permuted(np.arange(count), 50, 3))
+    assert len(rows.permutation(0, 50, 3)) == 0
 
 
 def test_permuted_sends_every_position_everywhere_alike() -> None:
