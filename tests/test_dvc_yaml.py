@@ -140,6 +140,38 @@ def test_the_published_recipes_have_the_published_settings_each_with_its_source(
         assert [line for line in values if " # " not in line] == []
 
 
+def test_what_the_study_changes_on_a_gpu_gives_the_published_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its comment is a list of --set; all but the split of CIFAR-10 and the strategies are then those of cifar10-edm-1m."""
+    monkeypatch.chdir(ROOT)
+    text = recipes.read("cifar10-study", [])
+    assignments = [quoted or plain for quoted, plain in re.findall(r"--set (?:\"([^\"]+)\"|(\S+))", text)]
+    larger = recipes.parse(recipes.read("cifar10-study", assignments))
+    project.check_params(larger, "cifar10-study on a GPU")
+    published = recipes.parse(recipes.read("cifar10-edm-1m", []))
+    for stage in ("margin_model", "train", "evaluate"):
+        params = project.params_class(stage)
+        assert params.from_dict(larger) == params.from_dict(published)
+    assert larger["synthesize"]["source"] == published["synthesize"]["source"]
+    assert (larger["ingest"]["max_train"], larger["ingest"]["max_test"]) == (None, None)
+
+
+def test_each_variant_in_the_study_differs_in_one_thing() -> None:
+    strategies = read_yaml(ROOT / "recipes" / "cifar10-study.yaml")["strategies"]
+    radius = {"rule": "margin", "scale": 1.0}
+    changes = {
+        **{f"{rule}-50-short": (f"{rule}-50", {"budget": "scaled"}) for rule in ("random", "prune_easy", "prune_hard", "puma")},
+        "puma-50-c05": ("puma-50", {"eps": radius | {"scale": 0.5}}),
+        "puma-50-c2": ("puma-50", {"eps": radius | {"scale": 2.0}}),
+        "puma-50-class": ("puma-50", {"per_class": True}),
+        "adaptive_eps": ("none", {"eps": radius}),
+        **{f"puma-{keep}": (f"prune_easy-{keep}", {"eps": radius}) for keep in (30, 50, 70)},
+    }
+    for name, (base, change) in changes.items():
+        assert strategies[name] == strategies[base] | change
+    rest = {f"{rule}-{keep}" for rule in ("random", "prune_easy", "prune_hard") for keep in (30, 50, 70)}
+    assert set(strategies) == {"none", *rest, *changes}
+
+
 def test_the_default_is_the_digits_recipe() -> None:
     assert (ROOT / "params.yaml").read_text() == (ROOT / "recipes" / "digits.yaml").read_text()
 
