@@ -28,6 +28,13 @@ from pipeline.sources.source import (
     snapshot,
 )
 
+BATCH_BYTES = 2**25  # of encoded images that travel to a process at once
+LABEL_ROWS = 2**20  # read at once
+BUFFER_BYTES = 2**20  # of a column, read ahead
+PLAIN = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}
+IN_DICTIONARY = {"PLAIN", "RLE", "BIT_PACKED", "RLE_DICTIONARY", "PLAIN_DICTIONARY"}  # what Arrow reads as a dictionary
+MIN_IMAGE_BYTES = 64  # no PNG, JPEG or WebP is smaller
+
 
 class ParquetParams(Section):
     """`train` and `test` are files or globs; `image_column` may be a path into structs, such as img.bytes.
@@ -95,10 +102,12 @@ def open_parquet(
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[pq.ParquetFile]:
-    """An opened Parquet file; whatever Arrow cannot read in it becomes an InputError."""
+def reading(file: Path, as_dictionary: str | None = None) -> Iterator[pq.ParquetFile]:
+    """An opened Parquet file, read page by page, a column of bytes as a dictionary if wanted; whatever Arrow cannot read in
+    it becomes an InputError."""
+    columns = [as_dictionary] if as_dictionary else None
     try:
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file, read_dictionary=columns, buffer_size=BUFFER_BYTES, pre_buffer=False) as parquet:
             yield parquet
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file}: not a readable Parquet file ({error})") from error
@@ -108,17 +117,25 @@ def read_labels(file: Path, column: str) -> Labels:
     """The label column (n,).
 
     Raises:
-        InputError: it is missing, holds nulls, or is not of an integer type.
+        InputError: it is missing, holds nulls, is not of an integer type, or is of more rows than the file can hold images.
     """
     with reading(file) as parquet:
         field = find_column(file, parquet.schema_arrow, column)
         if not pa.types.is_integer(field.type):
             raise InputError(f"{file}: wanted integers in the label column {column!r}, got {field.type}")
-        values = leaf(parquet.read(columns=[column]), column)
-    if values.null_count:
-        row = pc.index(pc.is_null(values), True).as_py()
-        raise InputError(f"{file}: row {row}: wanted a label in {column!r}, got null")
-    return values.to_numpy().astype(np.int64)
+        num_rows, done = parquet.metadata.num_rows, 0
+        check_expansion(f"{file}: {num_rows} images", file.stat().st_size, num_rows * MIN_IMAGE_BYTES)
+        labels = np.empty(max(num_rows, 0), np.int64)
+        for batch in parquet.iter_batches(LABEL_ROWS, columns=[column]):
+            values = leaf(batch, column)
+            if values.null_count:
+                row = done + pc.index(pc.is_null(values), True).as_py()
+                raise InputError(f"{file}: row {row}: wanted a label in {column!r}, got null")
+            labels[done : done + len(values)] = values.to_numpy()[: num_rows - done]
+            done += len(values)
+    if done != num_rows:
+        raise InputError(f"{file}: wanted {num_rows} rows, as it says, got {done}; fetch or write it again")
+    return labels
 
 
 def huggingface_names(file: Path, column: str) -> tuple[str, ...] | None:
@@ -157,10 +174,26 @@ def check_image_column(file: Path, column: str) -> None:
     with reading(file) as parquet:
         path = image_leaf(file, parquet.schema_arrow, column)
         for group in range(parquet.num_row_groups):
-            described = parquet.metadata.row_group(group)
-            for chunk in (described.column(index) for index in range(described.num_columns)):
-                if chunk.path_in_schema == path:
-                    check_expansion(f"{file}: {column!r}", chunk.total_compressed_size, chunk.total_uncompressed_size)
+            chunk = chunk_of(parquet, group, path)
+            check_expansion(f"{file}: {column!r}", chunk.total_compressed_size, chunk.total_uncompressed_size)
+
+
+def chunk_of(parquet: pq.ParquetFile, group: int, path: str) -> Any:
+    """What a file says of one column in one row group."""
+    described = parquet.metadata.row_group(group)
+    columns = (described.column(index) for index in range(described.num_columns))
+    return next(chunk for chunk in columns if chunk.path_in_schema == path)
+
+
+def rows_at_once(chunk: Any) -> tuple[int, bool]:
+    """How many rows of a column to read at once, whatever it holds, and whether as a dictionary: an image that many rows
+    share is then in memory once. Values that are written as what differs from the one before can be of any size."""
+    encodings = set(chunk.encodings)
+    if encodings & {"RLE_DICTIONARY", "PLAIN_DICTIONARY"} and encodings <= IN_DICTIONARY:
+        return TASK_ROWS, True
+    if encodings <= PLAIN:
+        return min(TASK_ROWS, max(1, BATCH_BYTES * chunk.num_values // max(1, chunk.total_uncompressed_size))), False
+    return 1, False
 
 
 def leaf(table: pa.Table | pa.RecordBatch, column: str) -> Any:
@@ -183,17 +216,28 @@ def encoded(files: list[Path], column: str, rows: Rows) -> Iterator[list[Encoded
     for file in files:
         with reading(file) as parquet:
             path, first = image_leaf(file, parquet.schema_arrow, column), 0
-            for group in range(parquet.num_row_groups):
-                stop = first + parquet.metadata.row_group(group).num_rows
+        with reading(file) as plain, reading(file, as_dictionary=path) as shared:
+            for group in range(plain.num_row_groups):
+                stop = first + plain.metadata.row_group(group).num_rows
                 if len(between(rows, start + first, start + stop)):
-                    for batch in parquet.iter_batches(TASK_ROWS, row_groups=[group], columns=[path]):
+                    count, dictionary = rows_at_once(chunk_of(plain, group, path))
+                    for batch in (shared if dictionary else plain).iter_batches(count, row_groups=[group], columns=[path]):
                         chosen = between(rows, start + first, start + first + len(batch)) - start
-                        images = leaf(batch, path).take(pa.array(chosen - first)).to_pylist()
+                        for part, images in in_memory(leaf(batch, path), chosen - first):
+                            yield [(f"{file}: row {first + k}", image) for k, image in zip(part, images, strict=True)]
                         first += len(batch)
-                        if images:
-                            yield [(f"{file}: row {row}", image) for row, image in zip(chosen, images, strict=True)]
                 first = stop
             start += first
+
+
+def in_memory(values: Any, chosen: Rows) -> Iterator[tuple[Rows, list[bytes | None]]]:
+    """The chosen rows of a batch with their values, as many at a time as fit into BATCH_BYTES were each the largest."""
+    distinct = values.dictionary if pa.types.is_dictionary(values.type) else values
+    count = max(1, BATCH_BYTES // (pc.max(pc.binary_length(distinct)).as_py() or 1))
+    for first in range(0, len(chosen), count):
+        part = chosen[first : first + count]
+        found = values.take(pa.array(part))
+        yield part, (found if distinct is values else found.dictionary_decode()).to_pylist()
 
 
 def between(rows: Rows, start: int, stop: int) -> Rows:

@@ -1,6 +1,8 @@
 """Parquet files give the images and labels in them, or are refused by file and row."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from PIL import Image
 
 from pipeline.images import Images
 from pipeline.params import InputError
-from pipeline.sources import decode
+from pipeline.sources import decode, parquet
+from tests.conftest import ROOT
 from tests.sources.samples import encode, joined, open_params, pixels
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -177,6 +180,59 @@ def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path: Path) -> No
     test = write_parquet(tmp_path / "b.parquet", GOOD, [0, 0, 0])
     with pytest.raises(InputError, match=r"a\.parquet: 'img': \d+ bytes would become \d+: a decompression bomb, refused"):
         open_params(kind="parquet", image_column="img", train=(bomb,), test=(test,))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dictionary": False}]
+    + [{"use_dictionary": False, "column_encoding": {"img": f"DELTA_{kind}BYTE_ARRAY"}} for kind in ("LENGTH_", "")],
+    ids=["dictionary", "plain", "delta length", "delta"],
+)
+def test_images_are_read_in_every_encoding_and_few_at_a_time_where_they_are_large(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One value of 200 KB in every row: as many rows at a time as BATCH_BYTES holds, whatever the file makes of it."""
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 2**20)
+    values = [bytes([row]) + bytes(200_000) for row in (1, 2)] * 40
+    file = write_parquet(tmp_path / "a.parquet", values, [0] * 80, pa.binary(), compression="zstd", **options)
+    rows = np.setdiff1d(np.arange(80), [7, 8, 79])
+    batches = list(parquet.encoded([Path(file)], "img", rows))
+    assert max(map(len, batches)) == (1 if "column_encoding" in options and "LENGTH" not in str(options) else 5)
+    found = [image for batch in batches for image in batch]
+    assert found == [(f"{file}: row {row}", values[row]) for row in rows]
+
+
+def test_an_image_that_many_rows_share_takes_little_memory(tmp_path: Path) -> None:
+    value = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array([value], pa.binary()))
+    file = write_parquet(tmp_path / "a.parquet", shared, [0] * 256, store_schema=False)
+    program = (
+        "import resource, sys; from pathlib import Path; import numpy as np; from pipeline.sources.parquet import encoded\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = peak(); rows = sum(len(batch) for batch in encoded([Path(sys.argv[1])], 'img', np.arange(256)))\n"
+        "print(rows, peak() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, file], cwd=ROOT, check=True, capture_output=True, text=True)
+    rows, megabytes = map(int, run.stdout.split())
+    assert rows == 256
+    assert megabytes < 200  # 768 MB in all
+
+
+def test_more_rows_than_the_file_can_hold_images_are_refused(tmp_path: Path) -> None:
+    shared = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2_000_000, np.int8)), pa.array([b"x"], pa.binary()))
+    file = write_parquet(tmp_path / "a.parquet", shared, np.zeros(2_000_000, np.int64), store_schema=False)
+    with pytest.raises(InputError, match=r"a\.parquet: 2000000 images: \d+ bytes would become 128000000: a decompression bomb"):
+        parquet.read_labels(Path(file), "label")
+
+
+def test_labels_are_read_in_pieces_over_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "LABEL_ROWS", 7)
+    labels = list(range(5)) * 10
+    file = write_parquet(tmp_path / "a.parquet", [b"x"] * 50, labels, row_group_size=20)
+    assert parquet.read_labels(Path(file), "label").tolist() == labels
+    late = write_parquet(tmp_path / "b.parquet", [b"x"] * 50, [*labels[:40], None, *labels[:9]], row_group_size=20)
+    with pytest.raises(InputError, match="row 40: wanted a label in 'label', got null"):
+        parquet.read_labels(Path(late), "label")
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
