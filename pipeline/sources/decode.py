@@ -22,6 +22,7 @@ from pipeline.sources.rows import Rows
 TASK_ROWS = 256
 ROWS_PER_PROCESS = 2048  # starting a process costs as much as decoding a few thousand small images
 MAX_FILE_BYTES = 2**28
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # PIL goes by content: an EPS would reach Ghostscript
 MAX_PROPORTION = 100  # longer side over shorter: resized by its shorter side, a thin strip would fill the memory
 
 
@@ -52,7 +53,7 @@ def decode(where: str, data: bytes | Path | Span | None, *, size: int | None, ch
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(opened(data)) as image:
+            with Image.open(opened(data), formats=FORMATS) as image:
                 if size is not None:
                     image.draft(None, (2 * size, 2 * size))
                 if image.format != "JPEG" or image.info.keys() & {"exif", "xmp"}:  # a fifth of the time of a small JPEG without

@@ -34,6 +34,12 @@ def test_an_image_is_turned_upright_by_its_exif_orientation() -> None:
         np.testing.assert_array_equal(upright, np.rot90(plain, -1))
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF"])
+def test_every_format_that_a_folder_may_hold_is_read(format: str) -> None:
+    image = np.full((6, 5, 3), 255, np.uint8)
+    np.testing.assert_allclose(decoded(encode(image, format=format)), image, atol=2)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "P", "1", "L", "LA", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_of_any_mode_gets_the_channels_wanted(mode: str, channels: int) -> None:
@@ -90,6 +96,8 @@ BAD = {
     "a bomb that PIL refuses": (header_of_png(60_000, 60_000), "decompression bomb"),
     "text": (b"no image at all", "not a readable image (of no known format)"),
     "nothing": (b"", "not a readable image (of no known format)"),
+    "an EPS": (encode(pixels(1)[0], format="EPS"), "not a readable image (of no known format)"),
+    "a PCX": (encode(pixels(1)[0], format="PCX"), "not a readable image (of no known format)"),
     "null": (None, "wanted an encoded image, got null"),
     "cut short": (encode(pixels(1, 40, 40)[0])[:-500], "not a readable image"),
     "16 bits": (encode(np.zeros((3, 3), np.uint16)), "wanted 8 bits per channel, got an image of mode I;16"),
