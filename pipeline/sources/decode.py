@@ -18,6 +18,7 @@ from pipeline.images import Chunk, Images, Labels
 from pipeline.params import InputError
 from pipeline.sources.corrupt import Corrupt, CorruptImageError
 from pipeline.sources.rows import Rows
+from pipeline.sources.source import changed
 
 TASK_ROWS = 256
 ROWS_PER_PROCESS = 2048  # starting a process costs as much as decoding a few thousand small images
@@ -34,11 +35,19 @@ class Span(NamedTuple):
     size: int
 
 
-Encoded = tuple[str, bytes | Path | Span | None]  # where it comes from (for errors), and its bytes or where they are
+class Loose(NamedTuple):
+    """An image in a file of its own, as the file was when it was listed."""
+
+    file: Path
+    size: int
+    mtime_ns: int
+
+
+Encoded = tuple[str, bytes | Span | Loose | None]  # where it comes from (for errors), and its bytes or where they are
 Decoded = tuple[Images, list[tuple[int, CorruptImageError]]]  # the readable images of a batch, and the positions of the others
 
 
-def decode(where: str, data: bytes | Path | Span | None, *, size: int | None, channels: int) -> Images:
+def decode(where: str, data: bytes | Span | Loose | None, *, size: int | None, channels: int) -> Images:
     """One encoded image to uint8 (H, W, C), upright by its EXIF orientation, alpha dropped, 1 (grey) or 3 (RGB) channels.
 
     With a size the shorter side becomes size (bicubic, antialiased) and the centre is cut out: (size, size, C), as by
@@ -47,6 +56,7 @@ def decode(where: str, data: bytes | Path | Span | None, *, size: int | None, ch
 
     Raises:
         CorruptImageError: no image, not an image, damaged, too large to be one, or of more than 8 bits per channel.
+        InputError: its file has changed since it was listed.
     """
     if data is None:
         raise CorruptImageError(where, "wanted an encoded image, got null")
@@ -61,7 +71,7 @@ def decode(where: str, data: bytes | Path | Span | None, *, size: int | None, ch
                 if image.mode.startswith(("I", "F")):
                     raise CorruptImageError(where, f"wanted 8 bits per channel, got an image of mode {image.mode}")
                 return to_array(image, size, channels)
-    except CorruptImageError:
+    except InputError:
         raise
     except UnidentifiedImageError:
         raise CorruptImageError(where, "not a readable image (of no known format)") from None
@@ -70,19 +80,25 @@ def decode(where: str, data: bytes | Path | Span | None, *, size: int | None, ch
         raise CorruptImageError(where, f"not a readable image ({text})") from error
 
 
-def opened(data: bytes | Path | Span) -> io.BytesIO | Path:
+def opened(data: bytes | Span | Loose) -> io.BytesIO:
     """What PIL can open."""
-    if isinstance(data, Span):
-        with data.file.open("rb") as file:
-            file.seek(data.offset)
-            content = file.read(min(data.size, MAX_FILE_BYTES + 1))
-        if len(content) < min(data.size, MAX_FILE_BYTES + 1):
-            raise EOFError(f"{data.file.name} ends before the image does")
-        data = content
-    num_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
+    num_bytes = len(data) if isinstance(data, bytes) else data.size
     if num_bytes > MAX_FILE_BYTES:
         raise ValueError(f"wanted at most {MAX_FILE_BYTES} encoded bytes")
-    return io.BytesIO(data) if isinstance(data, bytes) else data
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    try:
+        with data.file.open("rb") as file:
+            file.seek(data.offset if isinstance(data, Span) else 0)
+            content = file.read(data.size)
+            found = os.fstat(file.fileno())
+    except FileNotFoundError:
+        raise changed(data.file) from None
+    if isinstance(data, Loose) and (found.st_size, found.st_mtime_ns) != (data.size, data.mtime_ns):
+        raise changed(data.file)
+    if len(content) < data.size:
+        raise EOFError(f"{data.file.name} ends before the image does")
+    return io.BytesIO(content)
 
 
 def to_array(image: Image.Image, size: int | None, channels: int) -> Images:

@@ -65,13 +65,16 @@ def open_imagefolder(params: ImageFolderParams) -> Source:
         "classes": describe(params.classes),
         "folders_left_out": left_out,
         "tars": file_digests(tree.files),
+        "images": {"train": listing.digest()},
     }
     if params.test is None:
         origin |= {"test_fraction": params.test_fraction, "seed": params.seed}
         return Source(classes, shape, origin, held_out(train, params.test_fraction, params.seed))
     test_tree = open_tree(params.root, params.test)
     check_test_classes(test_tree, tree, params.classes is None)
-    test = folder_split(list_images(test_tree, class_of), test_tree, shape, size)
+    test_listing = list_images(test_tree, class_of)
+    test = folder_split(test_listing, test_tree, shape, size)
+    origin["images"]["test"] = test_listing.digest()
     origin["tars"] |= file_digests({path: state for path, state in test_tree.files.items() if path not in tree.files})
     splits: dict[SplitName, Split] = {"train": train, "test": test}
     return Source(classes, shape, origin, splits)

@@ -90,7 +90,11 @@ def check_unchanged(files: Snapshot) -> None:
     """Raise an InputError if a file is no longer as it was."""
     for path, before in files.items():
         if state(path) != before:
-            raise InputError(f"{path}: has changed while it was read; wait until it is complete and run this again")
+            raise changed(path)
+
+
+def changed(path: Path) -> InputError:
+    return InputError(f"{path}: has changed while it was read; wait until it is complete and run this again")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Folders of images by class, on the disk or in tar files, as compact lists: some ten bytes per image beside its name."""
+"""Folders of images by class, on the disk or in tar files, as compact lists: 16 bytes per image beside its name."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 
 from pipeline.images import Labels
 from pipeline.params import InputError
-from pipeline.sources.decode import TASK_ROWS, Encoded, Span
+from pipeline.sources.decode import TASK_ROWS, Encoded, Loose, Span
 from pipeline.sources.rows import Rows
-from pipeline.sources.source import Snapshot, snapshot
+from pipeline.sources.source import Snapshot, snapshot, state
 from pipeline.sources.tar import Member, members
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -22,31 +23,39 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 @dataclass(frozen=True)
 class Images:
-    """Image files by name (n,), and for those in a tar where they begin and how long they are (n,)."""
+    """Image files by name (n,) and their sizes (n,), with where they begin in a tar, or in a folder when they were changed."""
 
     container: Path
     names: pa.StringArray
-    offsets: NDArray[np.int64] | None
-    sizes: NDArray[np.int64] | None
+    sizes: NDArray[np.int64]
+    offsets: NDArray[np.int64] | None = None
+    mtimes_ns: NDArray[np.int64] | None = None
 
     @classmethod
     def in_folder(cls, folder: Path, names: Sequence[str]) -> "Images":
-        return cls(folder, pa.array(names, pa.string()), None, None)
+        states = np.empty((2, len(names)), np.int64)
+        for index, name in enumerate(names):
+            states[:, index] = state(folder / name)[:2]
+        try:
+            return cls(folder, pa.array(names, pa.string()), states[0], mtimes_ns=states[1])
+        except UnicodeEncodeError:
+            raise InputError(f"{folder}: wanted names of images in UTF-8, got others; rename the files (convmv)") from None
 
     @classmethod
     def in_tar(cls, file: Path, found: Sequence[Member]) -> "Images":
         names, spans = zip(*found, strict=True) if found else ((), ())
         offsets, sizes = (np.array([span[k] for span in spans], np.int64) for k in (1, 2))
-        return cls(file, pa.array(names, pa.string()), offsets, sizes)
+        return cls(file, pa.array(names, pa.string()), sizes, offsets)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def encoded(self, index: int) -> Encoded:
-        name = self.names[index].as_py()
-        if self.offsets is None or self.sizes is None:
-            return str(self.container / name), self.container / name
-        return f"{self.container}: {name}", Span(self.container, int(self.offsets[index]), int(self.sizes[index]))
+        name, size = self.names[index].as_py(), int(self.sizes[index])
+        if self.offsets is not None:
+            return f"{self.container}: {name}", Span(self.container, int(self.offsets[index]), size)
+        assert self.mtimes_ns is not None
+        return str(self.container / name), Loose(self.container / name, size, int(self.mtimes_ns[index]))
 
 
 class Tree(Protocol):
@@ -150,6 +159,17 @@ class Listing:
             part = rows[first : first + TASK_ROWS]
             which = np.searchsorted(starts, part, side="right") - 1
             yield [self.groups[g].encoded(int(row - starts[g])) for g, row in zip(which, part, strict=True)]
+
+    def digest(self) -> str | None:
+        """SHA-256 of the images that lie in folders, by folder, name and size; None where all are in tars, which have their
+        own. It depends on neither the time nor the folder above."""
+        loose = [group for group in self.groups if group.mtimes_ns is not None]
+        found = hashlib.sha256()
+        for group in loose:
+            found.update(f"{group.container.name}/{len(group)}\n".encode())
+            for name, size in zip(group.names, group.sizes.tolist(), strict=True):
+                found.update(f"{size} {name.as_py()}\0".encode())
+        return found.hexdigest() if loose else None
 
 
 def list_images(tree: Tree, class_of: dict[str, int]) -> Listing:

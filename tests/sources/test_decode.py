@@ -1,6 +1,7 @@
 """An encoded image becomes upright 8-bit pixels of the channels and the size wanted."""
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -102,18 +103,34 @@ BAD = {
     "cut short": (encode(pixels(1, 40, 40)[0])[:-500], "not a readable image"),
     "16 bits": (encode(np.zeros((3, 3), np.uint16)), "wanted 8 bits per channel, got an image of mode I;16"),
     "a thin strip": (encode(np.zeros((1, 500), np.uint8)), "wanted sides in a proportion of at most 100, got 500 x 1"),
-    "a missing file": (Path("nowhere.png"), "No such file"),
 }
 
 
 @pytest.mark.parametrize(("data", "reason"), BAD.values(), ids=BAD.keys())
-def test_what_is_no_image_says_why_and_names_no_address(data: bytes | Path | None, reason: str) -> None:
+def test_what_is_no_image_says_why_and_names_no_address(data: bytes | None, reason: str) -> None:
     with pytest.raises(CorruptImageError) as error:
         decode.decode("here", data, size=8, channels=3)
     assert error.value.where == "here"
     assert reason in error.value.reason
     assert " at 0x" not in str(error.value)
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)  # it comes from another process
+
+
+@pytest.mark.parametrize("change", ["size", "time", "gone"])
+def test_a_file_that_is_not_as_it_was_listed_is_an_error_and_no_corrupt_image(tmp_path: Path, change: str) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(encode(pixels(1)[0]))
+    before = file.stat()
+    listed = decode.Loose(file, before.st_size, before.st_mtime_ns)
+    np.testing.assert_array_equal(decode.decode("here", listed, size=None, channels=3), pixels(1)[0])
+    if change == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(encode(pixels(1)[0]) + b"x" * (change == "size"))
+        os.utime(file, ns=(0, before.st_mtime_ns + (change == "time")))
+    with pytest.raises(InputError, match=r"a\.png: has changed while it was read; wait until it is complete") as error:
+        decode.decode("here", listed, size=None, channels=3)
+    assert not isinstance(error.value, CorruptImageError)
 
 
 def batches_with_holes(count: int, bad: set[int]) -> list[list[decode.Encoded]]:

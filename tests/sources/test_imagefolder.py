@@ -1,5 +1,6 @@
 """Folders become classes; a folder of another layout is named."""
 
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,7 @@ def test_a_tar_of_a_folder_and_a_tar_per_class_give_what_the_folder_gives(tmp_pa
             for got, known in zip(joined(split()), joined(wanted.splits[name]()), strict=True):
                 np.testing.assert_array_equal(got, known)
         assert len(source.origin["tars"]) == (1 if other == "all.tar" else 3)
+        assert source.origin["images"] == {"train": None, "test": None}
 
 
 @needs_tiny_imagenet
@@ -142,6 +144,46 @@ def test_a_tar_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None
         file.write(bytes(512))
     with pytest.raises(InputError, match=r"all\.tar: has changed while it was read"):
         list(stream)
+
+
+def test_a_loose_image_that_changes_while_the_folder_is_read_is_an_error_however_many_may_be_corrupt(tmp_path: Path) -> None:
+    write_folder(tmp_path, "train", {"ant": pixels(4), "bee": pixels(4)})
+    split = open_params(kind="imagefolder", root=tmp_path, test=None, test_fraction=0.25).splits["train"]
+    (tmp_path / "train" / "bee" / "images" / "003.png").write_bytes(b"half writ")
+    with pytest.raises(InputError, match=r"bee/images/003\.png: has changed while it was read"):
+        list(split(np.arange(len(split.labels)), Corrupt(limit=8)))
+
+
+def test_the_origin_of_a_folder_is_the_digest_of_its_names_and_sizes_wherever_and_whenever(tmp_path: Path) -> None:
+    roots = [tmp_path / "a", tmp_path / "elsewhere" / "b"]
+    for root in roots:
+        write_folder(root, "train", {"ant": pixels(3), "bee": pixels(2, seed=1)})
+        write_folder(root, "test", {"ant": pixels(2, seed=2)})
+    for path in roots[1].rglob("*"):
+        os.utime(path, (0, 0))
+
+    def images(root: Path) -> dict[str, str]:
+        found: dict[str, str] = open_params(kind="imagefolder", root=root).origin["images"]
+        return found
+
+    whole = images(roots[0])
+    assert whole == images(roots[1])
+    assert whole["train"] != whole["test"]
+    last = roots[1] / "train" / "bee" / "images" / "001.png"
+    last.write_bytes(last.read_bytes() + b"x")
+    assert images(roots[1]) == whole | {"train": images(roots[1])["train"]} != whole
+    last.unlink()
+    other = images(roots[1])["train"]
+    last.with_name("002.png").write_bytes(encode(pixels(2, seed=1)[1]))
+    renamed = images(roots[1])["train"]
+    assert len({whole["train"], other, renamed}) == 3
+
+
+def test_names_that_are_not_in_utf8_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, "train", {"ant": pixels(2)})
+    (tmp_path / "train" / "ant" / os.fsdecode(b"\xff.png")).write_bytes(encode(pixels(1)[0]))
+    with pytest.raises(InputError, match="train/ant: wanted names of images in UTF-8"):
+        open_params(kind="imagefolder", root=tmp_path, test=None)
 
 
 def damage_nothing(_: Path) -> None: ...

@@ -1,6 +1,8 @@
 """WebDataset shards give each sample's image and label, in the order of the shards."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,22 @@ def test_a_shard_of_another_layout_is_refused_by_sample(
         open_params(kind="webdataset", train=(str(file),), test=None, **params)
     assert str(error.value).startswith(str(file))
     assert message in str(error.value)
+
+
+def test_a_shard_that_changes_while_it_is_read_is_an_error(tmp_path: Path, shards: tuple[str, ...]) -> None:
+    source = open_params(kind="webdataset", train=shards, test=(shard(tmp_path / "test.tar", 0, 3),))
+    for split in source.splits.values():
+        assert len(joined(split())[0])
+    stream = source.splits["train"]()
+    next(stream)
+    os.utime(tmp_path / "train-1.tar", ns=(0, 0))
+    with pytest.raises(InputError, match=r"train-1\.tar: has changed while it was read"):
+        list(stream)
+
+
+def test_the_origin_of_shards_is_their_digests_whenever(tmp_path: Path, shards: tuple[str, ...]) -> None:
+    before = open_params(kind="webdataset", train=shards, test=None).origin
+    os.utime(tmp_path / "train-1.tar", ns=(0, 0))
+    assert open_params(kind="webdataset", train=shards, test=None).origin == before
+    content = (tmp_path / "train-1.tar").read_bytes()
+    assert before["files"]["train"][f"{tmp_path}/train-1.tar"] == hashlib.sha256(content).hexdigest()
