@@ -4,19 +4,20 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeInt, ValidationInfo, field_validator
 
+from pipeline.execution import guarded_publish
 from pipeline.params import StageParams, distinct
+from pipeline.reporting.contrasts import check_pairs
+from pipeline.reporting.headline import TABLE_FOLLOWS, print_headline
 from pipeline.reporting.inputs import Artifacts
 from pipeline.reporting.report import ReportSection, write_report
-from pipeline.reporting.tables import TABLE_FOLLOWS, print_headline
 from pipeline.stage import run
 
 
 class ReportParams(StageParams):
     """Everything but `execution`: what the report has no use for it still shows as the numbers' origin."""
 
-    report: ReportSection
     threat: dict[str, Any]
     ingest: dict[str, Any]
     generator: dict[str, Any]
@@ -30,6 +31,13 @@ class ReportParams(StageParams):
     evaluate: dict[str, Any]
     perceptron: dict[str, Any]
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(distinct)]
+    report: ReportSection
+
+    @field_validator("report")
+    @classmethod
+    def _contrasts_are_of_strategies(cls, report: ReportSection, others: ValidationInfo) -> ReportSection:
+        check_pairs(report.contrasts or (), list(others.data.get("strategies", {})))
+        return report
 
 
 def main(
@@ -51,7 +59,8 @@ def main(
         manifests_path, models_path, evaluations_path, perceptron_path,
     )  # fmt: skip
     settings = params.report.model_dump()
-    write_report(report_path, artifacts, params=params.model_dump(), seeds=params.seeds, **settings)
+    with guarded_publish("report", params, list(vars(artifacts).values()), report_path) as work:
+        write_report(work, artifacts, params=params.model_dump(), seeds=params.seeds, **settings)
     if TABLE_FOLLOWS not in os.environ:
         print_headline(report_path)
 

@@ -1,7 +1,7 @@
 """Artifacts and results: show, verify, compare, tabulate, import."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,17 +27,18 @@ def compare(
 
 
 def table(
-    report: Annotated[Path, typer.Argument(help="A folder with a summary.csv.")] = Path("data/report"),
+    report: Annotated[Path, typer.Argument(help="A folder with summary.csv and differences.csv.")] = Path("data/report"),
+    which: Annotated[Literal["summary", "differences"], typer.Option("--table", help="Strategies, or contrasts.")] = "summary",
     page: Annotated[Path | None, typer.Option("--into", help="A Markdown file to write it into.")] = None,
     name: Annotated[str | None, typer.Option(help="Its place there: between <!-- NAME --> and <!-- /NAME -->.")] = None,
 ) -> None:
-    """The headline table of a report as Markdown, printed or written into a page.
+    """A table of a report as Markdown, printed or written into a page: the headline, or the differences of strategies.
 
     Example: python -m pipeline table results/cifar10-study --into README.md --name cifar10-study
     """
     from pipeline.reporting.markdown import insert, markdown_table
 
-    text = markdown_table(report / "summary.csv")
+    text = markdown_table(report, which)
     if page is None:
         print(text, end="")
     elif name is None:

@@ -10,7 +10,7 @@ import typer
 from pipeline.commands.parameters import check, check_quietly
 from pipeline.commands.terminal import console, duration, print_table
 from pipeline.execution import parallel
-from pipeline.reporting.tables import TABLE_FOLLOWS, print_headline
+from pipeline.reporting.headline import TABLE_FOLLOWS, print_headline
 
 REPORT = Path("data/report")
 

@@ -12,9 +12,9 @@ from dvc.scm import RevError, SCMError
 
 from pipeline.artifacts import read_json
 from pipeline.params import InputError, read_yaml
-from pipeline.reporting.intervals import Difference, paired_difference, pooled_variance
+from pipeline.reporting.intervals import Difference, bonferroni, paired_difference, pooled_variance
 from pipeline.reporting.runs import Run, by_strategy, check_comparable, read_run, read_summary
-from pipeline.reporting.verdict import METRICS, Metric, mean_of
+from pipeline.reporting.verdict import METRICS, TOLD, Metric, mean_of
 
 WORKSPACE = "workspace"
 PARAMS, TEST_STORE = "params.yaml", "data/real/test/store.json"
@@ -102,7 +102,7 @@ def compare(first: Experiment, second: Experiment, confidence: float) -> list[Ch
         raise InputError(f"compare: {first.name} and {second.name} share no strategy and seed")
     changed = {name: pair for name, pair in pairs.items() if not are_same(*pair)}
     distinct = [*(before for before, _ in pairs.values()), *(after for _, after in changed.values())]
-    together = 1 - (1 - confidence) / max(1, len(changed))
+    together = bonferroni(confidence, len(changed))
     changes = []
     for metric in METRICS:
         seeds = pooled_variance([getattr(run, metric) for run in group] for group in distinct)
@@ -172,7 +172,6 @@ def report_lines(first: Experiment, second: Experiment, changes: Sequence[Change
 
 def row_of(change: Change) -> list[str]:
     found = change.difference
-    told = {1: "higher", -1: "lower", 0: "not told apart"}[found.sign]
     accuracies = [f"{100 * value:.2f}%" for value in (change.first, change.second)]
-    interval = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-    return [change.strategy, change.metric, *accuracies, f"{100 * found.mean:+.2f}", interval, f"{found.p_value:.2g}", told]
+    points = [f"{100 * found.mean:+.2f}", f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"]
+    return [change.strategy, change.metric, *accuracies, *points, f"{found.p_value:.2g}", TOLD[found.sign]]

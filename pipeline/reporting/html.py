@@ -10,14 +10,15 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from pipeline.reporting.contrasts import Contrast
 from pipeline.reporting.figures import Figure, Style
-from pipeline.reporting.intervals import Difference, simultaneous, wilson_interval
+from pipeline.reporting.intervals import Difference, wilson_interval
 from pipeline.reporting.perceptron_figures import Perceptron
 from pipeline.reporting.pictures import Sheet
 from pipeline.reporting.runs import Run
-from pipeline.reporting.summary import Row
+from pipeline.reporting.summary import Row, amount
 from pipeline.reporting.synthetic import Quality
-from pipeline.reporting.verdict import Comparison, Groups
+from pipeline.reporting.verdict import TOLD, Groups
 
 TEMPLATE = "report.html.j2"
 
@@ -35,7 +36,7 @@ class Page:
     notices: Sequence[str]
     verdict: Sequence[str]
     flags: Sequence[str]
-    comparisons: Mapping[str, Mapping[str, Comparison]]
+    contrasts: Sequence[Contrast]
     overview: Sequence[Figure]
     data: Sequence[Figure]
     training: Sequence[Figure]
@@ -66,8 +67,8 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": percent, "points": points, "pretty": pretty}
-    environment.globals |= {"wilson": wilson_interval, "simultaneous": simultaneous}
+    environment.filters |= {"percent": percent, "points": points, "pretty": pretty, "amount": amount}
+    environment.globals |= {"wilson": wilson_interval, "told": TOLD}
     drawn = {figure.key: {"data": figure.data, "layout": figure.layout} for figure in page.figures}
     return environment.get_template(TEMPLATE).render(
         page=page,

@@ -1,14 +1,14 @@
 """The directories of the stages that the report shows, and what it reads there beside runs and figures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.images import ImageStore
 from pipeline.params import InputError
-from pipeline.reporting.costs import Cost, margin_passes, training_passes, uses_margin_model
-from pipeline.reporting.runs import Run, read_made
+from pipeline.reporting.costs import NETWORK, Cost, margin_passes, network_weight, training_passes, uses_margin_model
+from pipeline.reporting.runs import Run, need, read_made
 from pipeline.reporting.verdict import Groups
 
 
@@ -40,19 +40,33 @@ def strategy_costs(artifacts: Artifacts, params: Mapping[str, Any], groups: Grou
     """Strategy -> the mean cost of its models, and of the margins if it uses them (margin model included, unless it was
     imported)."""
     margins = margin_passes(margin_quality(artifacts.margins), params["margins"], num_classes)
+    first = next(iter(groups.values()))[0]
+    margin_model = read_made(artifacts.margin_model / "best" / "model.json", "margin_model", NETWORK)
+    trained = read_made(artifacts.models / first.name / "best" / "model.json", f"train@{first.name}", NETWORK)
     if params["margin_model"].get("kind") == "train":
-        description = read_made(artifacts.margin_model / "best" / "model.json", "margin_model", ("train",))
-        margins += training_passes(description["train"], params["margin_model"]["training"])
-    return {
-        name: model_cost(runs, params["train"]["training"], margins if uses_margin_model(params["strategies"][name]) else 0)
-        for name, runs in groups.items()
-    }
+        selections = count_selections(artifacts.margin_model / "training.csv", "margin_model")
+        margins += training_passes(margin_model["train"], selections, params["margin_model"]["training"])
+    weight = network_weight(margin_model, trained)
+    costs = {}
+    for name, runs in groups.items():
+        selections = count_selections(artifacts.models / runs[0].name / "training.csv", f"train@{runs[0].name}")
+        cost = model_cost(runs, selections, params["train"]["training"])
+        if uses_margin_model(params["strategies"][name]):
+            cost = replace(cost, margins=round(margins * weight), margin_weight=weight)
+        costs[name] = cost
+    return costs
 
 
-def model_cost(runs: Sequence[Run], training: Mapping[str, Any], margins: int) -> Cost:
+def count_selections(path: Path, stage: str) -> int:
+    """Rows of a training.csv: one for each time that the checkpoint was selected on held-out images."""
+    with need(path, stage).open() as file:
+        return sum(1 for _ in file) - 1
+
+
+def model_cost(runs: Sequence[Run], num_selections: int, training: Mapping[str, Any]) -> Cost:
     """Means over the runs, which differ at most in how many of their images are attacked."""
     for run in runs:
         if missing := {"images_seen", "images_attacked"} - set(run.train):
             raise InputError(f"evaluation {run.name}: wanted {missing} of its training; run `dvc repro -f evaluate@{run.name}`")
-    seen, attacked = (round(sum(run.train[key] for run in runs) / len(runs)) for key in ("images_seen", "images_attacked"))
-    return Cost(seen, attacked, training_passes({"images_seen": seen, "images_attacked": attacked}, training), margins)
+    counted = {key: round(sum(run.train[key] for run in runs) / len(runs)) for key in ("images_seen", "images_attacked")}
+    return Cost(**counted, training=training_passes(counted, num_selections, training), margins=0)

@@ -67,9 +67,14 @@ def seed_interval(accuracies: Sequence[float], confidence: float) -> tuple[float
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
+def bonferroni(confidence: float, count: int) -> float:
+    """Confidence of each of count intervals so that all hold together with the given one."""
+    return 1 - (1 - confidence) / max(1, count)
+
+
 def simultaneous(confidence: float, num_strategies: int) -> float:
-    """Confidence of each of all pairwise intervals so that all hold together with the given one (Bonferroni)."""
-    return 1 - (1 - confidence) / max(1, comb(num_strategies, 2))
+    """As `bonferroni`, for the intervals of all pairs of strategies."""
+    return bonferroni(confidence, comb(num_strategies, 2))
 
 
 def pooled_variance(groups: Iterable[Sequence[float]]) -> SeedVariance:

@@ -9,7 +9,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from pipeline.artifacts import publish
 from pipeline.images import ImageStore
 from pipeline.params import InputError, Section
+from pipeline.pruning import Strategy
 from pipeline.reporting import figures, tables
+from pipeline.reporting.contrasts import Pair, derive, measure, sentences, write_differences_csv, write_differences_tex
 from pipeline.reporting.curves import COLUMNS, STEP_COLUMNS, Curve, read_curve
 from pipeline.reporting.distributions import eps_distribution, kept_rows, margin_histogram
 from pipeline.reporting.flags import flag_sentences
@@ -22,18 +24,20 @@ from pipeline.reporting.quality import quality_sentences
 from pipeline.reporting.runs import Run, by_strategy, radius, read_runs
 from pipeline.reporting.summary import summarise, write_summary_csv, write_summary_tex
 from pipeline.reporting.synthetic import notices, read_quality, selection_sentence, synthetic_sheets
-from pipeline.reporting.verdict import compare_with_baselines, verdict
+from pipeline.reporting.verdict import verdict
 
 
 class ReportSection(Section):
     """`contact_sheet_images` per sheet (0: no sheets); `confidence` of all intervals; `passes_per_second`, of one image
-    forward and backward as your machine does them in training, turns the cost into hours."""
+    forward and backward as your machine does them in training, turns the cost into hours; `contrasts` are the pairs
+    [strategy, baseline] to test (null: those of `contrasts.derive`)."""
 
     title: str
     histogram_bins: Annotated[int, Field(ge=2)]
     contact_sheet_images: NonNegativeInt
     confidence: Annotated[float, Field(gt=0, lt=1)]
     passes_per_second: PositiveFloat | None = None
+    contrasts: tuple[Pair, ...] | None = None
 
 
 def write_report(
@@ -47,14 +51,15 @@ def write_report(
     contact_sheet_images: int,
     confidence: float,
     passes_per_second: float | None = None,
+    contrasts: Sequence[Pair] | None = None,
 ) -> None:
-    """Write report.html, summary.{csv,tex}, results.csv, metrics.json and plots/*.csv; the directory is complete or
-    absent. `params` are the sections of params.yaml that the artifacts come from.
+    """Write report.html, {summary,differences}.{csv,tex}, results.csv, metrics.json and plots/*.csv; the directory is
+    complete or absent. `params` are the sections of params.yaml that the artifacts come from.
 
     Raises:
         InputError: there are no strategies or seeds, or an artifact is missing or damaged.
     """
-    strategies = params["strategies"]
+    strategies = {name: Strategy.model_validate(strategy) for name, strategy in params["strategies"].items()}
     if not strategies or not seeds:
         raise InputError("report: wanted at least one strategy and one seed in params.yaml, got none")
     runs = read_runs(artifacts.manifests, artifacts.evaluations, list(strategies), seeds)
@@ -66,6 +71,7 @@ def write_report(
     histogram = margin_histogram(artifacts.margins, histogram_bins, len(classes))
     costs = strategy_costs(artifacts, params, groups, len(classes))
     summary = summarise(groups, costs, confidence, passes_per_second)
+    differences = measure(derive(strategies) if contrasts is None else contrasts, groups, strategies, confidence)
     perceptron = read_perceptron(artifacts.perceptron)
     styles = figures.styles_of([*strategies, *perceptron.rules])
     eps = radius(runs[0].eps)
@@ -78,9 +84,9 @@ def write_report(
         summary=summary,
         passes_per_second=passes_per_second,
         notices=notices(stores["synthetic"].origin),
-        verdict=verdict(groups, confidence),
+        verdict=[*verdict(groups, confidence), *sentences(differences)],
         flags=flag_sentences(runs),
-        comparisons=compare_with_baselines(groups, confidence),
+        contrasts=differences,
         overview=[
             figures.accuracy_scatter(runs, styles),
             *(figures.kept_scatter(runs, styles, metric) for metric in ("robust", "clean")),
@@ -109,6 +115,8 @@ def write_report(
     with publish(target) as work:
         write_summary_csv(work / "summary.csv", summary)
         write_summary_tex(work / "summary.tex", summary)
+        write_differences_csv(work / "differences.csv", differences)
+        write_differences_tex(work / "differences.tex", differences)
         tables.write_results(work / "results.csv", runs, confidence)
         tables.write_means(work / "metrics.json", runs)
         tables.write_plots(work / "plots", runs, curves, steps, histogram)

@@ -71,18 +71,35 @@ def write_summary_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_summary_tex(path: Path, rows: Sequence[Row]) -> None:
-    """A table for booktabs: accuracies in percent with their intervals, passes in millions, margins included."""
-    import pandas as pd  # as heavy as the rest of the module together, and needed here alone
-
+    """A table for booktabs: accuracies in percent with their intervals, images seen and passes (those of the margins
+    included) in millions, hours where they are known."""
     columns = {
-        "strategy": [row.strategy for row in rows],
+        "strategy": [tex_name(row.strategy) for row in rows],
         "kept (\\%)": [f"{100 * row.kept:.0f}" for row in rows],
         "clean (\\%)": [tex_accuracy(row.clean) for row in rows],
         "robust (\\%)": [tex_accuracy(row.robust) for row in rows],
-        "passes ($10^6$)": [f"{row.cost.passes / 1e6:.3g}" for row in rows],
+        "images seen ($10^6$)": [amount(row.cost.images_seen / 1e6) for row in rows],
+        "passes ($10^6$)": [amount(row.cost.passes / 1e6) for row in rows],
     }
-    columns["strategy"] = [name.replace("_", "\\_") for name in columns["strategy"]]  # the only sign names may have
-    path.write_text(pd.DataFrame(columns).to_latex(index=False, column_format="lrrrr"))
+    if times := [amount(row.hours) for row in rows if row.hours is not None]:
+        columns["hours"] = times
+    write_tex(path, columns, "l" + "r" * (len(columns) - 1))
+
+
+def write_tex(path: Path, columns: Mapping[str, Sequence[str]], column_format: str) -> None:
+    import pandas as pd  # as heavy as the rest of the module together, and needed here alone
+
+    path.write_text(pd.DataFrame(columns).to_latex(index=False, column_format=column_format))
+
+
+def tex_name(name: str) -> str:
+    """Escaped: the underscore is the only sign of LaTeX that names may have."""
+    return name.replace("_", "\\_")
+
+
+def amount(value: float) -> str:
+    """Three digits, or all of them before the point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def tex_accuracy(cell: Accuracy) -> str:

@@ -1,7 +1,6 @@
-"""What the table says, in sentences and in differences to the baselines; every word follows from the outcomes."""
+"""What the table says, in sentences; every word follows from the outcomes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -11,16 +10,8 @@ from pipeline.reporting.runs import Run
 
 Metric = Literal["clean", "robust"]
 METRICS: tuple[Metric, ...] = ("clean", "robust")
-BASELINES = ("none", "random")
+TOLD = {1: "higher", -1: "lower", 0: "not told apart"}  # sign of a difference -> verdict
 Groups = Mapping[str, Sequence[Run]]  # strategy -> its runs, seeds in the same order
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One strategy less one baseline."""
-
-    clean: Difference
-    robust: Difference
 
 
 def seed_variance(groups: Groups, metric: Metric) -> SeedVariance:
@@ -29,30 +20,18 @@ def seed_variance(groups: Groups, metric: Metric) -> SeedVariance:
 
 
 def difference(groups: Groups, ours: str, theirs: str, metric: Metric, confidence: float) -> Difference:
-    """Paired over the test examples; the intervals of all pairs of strategies hold together with the given confidence."""
+    """One strategy less another, paired over the test examples."""
     first, second = ([getattr(run, f"{metric}_outcomes") for run in groups[name]] for name in (ours, theirs))
-    return paired_difference(first, second, simultaneous(confidence, len(groups)), seed_variance(groups, metric))
-
-
-def compare_with_baselines(groups: Groups, confidence: float) -> dict[str, dict[str, Comparison]]:
-    """Baseline -> strategy -> the strategy less the baseline, for the baselines that were run."""
-    return {
-        baseline: {
-            name: Comparison(*(difference(groups, name, baseline, metric, confidence) for metric in METRICS))
-            for name in groups
-            if name != baseline
-        }
-        for baseline in BASELINES
-        if baseline in groups
-    }
+    return paired_difference(first, second, confidence, seed_variance(groups, metric))
 
 
 def verdict(groups: Groups, confidence: float) -> list[str]:
-    """Who is best, who is lower, who cannot be told apart from the best, and who of those needs the least data."""
-    sentences = []
+    """Who is best, who is lower, who cannot be told apart from the best, and who of those needs the least data. The best is
+    known only afterwards, so these intervals hold together for all pairs."""
+    sentences, each = [], simultaneous(confidence, len(groups))
     for metric in ("robust", "clean"):
         best = highest(groups, metric)
-        others = {name: difference(groups, best, name, metric, confidence) for name in groups if name != best}
+        others = {name: difference(groups, best, name, metric, each) for name in groups if name != best}
         lower = [name for name, found in others.items() if found.sign > 0]
         level = [name for name in others if name not in lower]
         parts = [f"Highest {metric} accuracy: {best} with {mean_of(groups[best], metric):.1%}"]
@@ -60,7 +39,7 @@ def verdict(groups: Groups, confidence: float) -> list[str]:
         parts += [f"{join(level)} cannot be told apart from it"] if level else []
         sentences.append("; ".join(parts) + ".")
     if len(groups) > 1:
-        sentences.append(least_data(groups, confidence))
+        sentences.append(least_data(groups, each))
         if min(len(group) for group in groups.values()) < 2:
             sentences.append("One seed compares models, not strategies: add seeds before you conclude anything.")
     return sentences

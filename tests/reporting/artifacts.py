@@ -24,7 +24,11 @@ PERCEPTRON = PerceptronSection(
 )  # fmt: skip
 ATTACKS = ("apgd-ce", "apgd-t")
 TRAIN = {"steps": 5, "images_seen": 5000, "images_attacked": 4000}
-TRAINING = {"loss": "trades", "attack": {"num_steps": 10}}
+TRAINING = {"loss": "trades", "attack": {"num_steps": 10}, "holdout": 4, "selection_attack": {"num_steps": 20}}
+NETWORK = {
+    "architecture": "preactresnet", "arguments": {"blocks": [1], "width": 4, "stem_stride": 2}, "shape": [4, 4, 1],
+    "classes": list(CLASSES),
+}  # fmt: skip
 PARAMS: dict[str, Any] = {  # what the report reads of them; `strategies` come from the test
     "train": {"training": TRAINING},
     "margin_model": {"kind": "train", "training": TRAINING},
@@ -51,8 +55,7 @@ def write_artifacts(root: Path, strategies: Sequence[str], seeds: Sequence[int],
         write_images(root / name, count, seed=index)
     margins = draw_margins(sizes)
     write_margins(root / "margins", margins)
-    (root / "margin_model" / "best").mkdir(parents=True)
-    write_json(root / "margin_model" / "best" / "model.json", {"train": TRAIN})
+    write_model(root / "margin_model")
     write_margin_quality(root / "margins", margins)
     write_judgement(root / "judge")
     for index, strategy in enumerate(strategies):
@@ -62,7 +65,7 @@ def write_artifacts(root: Path, strategies: Sequence[str], seeds: Sequence[int],
             write_evaluation(
                 root / "evaluations" / f"{strategy}-{seed}", strategy, seed, sizes.test, wrong, wrong + 2, wrong + 4
             )
-            write_training(root / "models" / f"{strategy}-{seed}" / "training.csv", num_steps=5)
+            write_model(root / "models" / f"{strategy}-{seed}")
             steps = "step,loss,lr,mean_eps,attacked\n1,0.5,0.1,0.03,16\n2,0.25,0.2,0.03,16\n"
             (root / "models" / f"{strategy}-{seed}" / "steps.csv").write_text(steps)
     params = PERCEPTRON.model_dump()
@@ -193,9 +196,15 @@ def write_evaluation(path: Path, strategy: str, seed: int, num: int, wrong: int,
     write_json(path / "metrics.json", metrics)
 
 
+def write_model(path: Path) -> None:
+    """As a training writes it, but for the weights, whose description alone the report reads."""
+    (path / "best").mkdir(parents=True)
+    write_json(path / "best" / "model.json", NETWORK | {"train": TRAIN})
+    write_training(path / "training.csv", num_steps=5)
+
+
 def write_training(path: Path, num_steps: int) -> None:
     """Loss 1 / step at every step, accuracies at every second."""
-    path.parent.mkdir(parents=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "epoch", "lr", "loss", "clean_accuracy", "robust_accuracy", "mean_eps"])

@@ -42,7 +42,8 @@ def html(written: Path) -> str:
 def test_the_report_has_all_its_files(written: Path) -> None:
     files = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
     plots = ["plots/accuracy.csv", "plots/margins.csv", "plots/steps.csv", "plots/training.csv"]
-    assert files == ["metrics.json", *plots, "report.html", "results.csv", "summary.csv", "summary.tex"]
+    tables = ["differences.csv", "differences.tex", "metrics.json", *plots, "report.html", "results.csv"]
+    assert files == [*tables, "summary.csv", "summary.tex"]
 
 
 def test_metrics_are_means_over_the_seeds(written: Path) -> None:
@@ -128,11 +129,15 @@ def test_the_page_shows_the_numbers_of_the_table(html: str) -> None:
     assert "87.5 seeds [55.7, 100.0] images [66.9, 96.0]" in text  # puma, clean: 0.90 and 0.85; SciPy's t and Wilson
     assert "licence 2" in text
     assert "Least data of those not told apart in robust accuracy" in text
-    assert "margins 0.05" in text  # (5000 x 2 + 4000 x 10 passes of the margin model + 350 of DeepFool) / 10^6
+    # 5000 x 2 + 4000 x 10 + 5 x 4 x 21 passes of the margin model's training and 475 of DeepFool and GraNd
+    assert "margins 0.0509" in text
     assert "Warning: gradients are zero at some images: attacks that follow them are unreliable (none-1, random-0" in text
     assert "Not checked, because Square" in text
     assert "AutoAttack in part: apgd-ce, apgd-t." in text
     assert "python -m pipeline repro" in text
+    assert "Planned contrasts of robust accuracy: 0 of 2 told apart." in text
+    assert "puma none differs in score, keep 80.0 100.0 −10.0" in text
+    assert "The 2 intervals of clean accuracy hold together with 95% (each with 97.5%)" in text
 
 
 def test_equal_inputs_give_equal_bytes_and_no_path_or_host(made: Path, tmp_path: Path) -> None:

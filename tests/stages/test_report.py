@@ -21,7 +21,7 @@ strategies:
   none: {}
   puma: {score: margin, keep: 0.8}
 seeds: [0]
-train: {training: {loss: trades, attack: {num_steps: 10}}}
+train: {training: {loss: trades, attack: {num_steps: 10}, holdout: 4, selection_attack: {num_steps: 20}}}
 margin_model: {kind: import, path: elsewhere}
 margins: {deepfool: {first_candidates: null, candidates: 3}, grand: false}
 threat: {norm: linf}
@@ -62,9 +62,24 @@ def test_the_stage_writes_the_report_and_prints_its_headline(project: Path, caps
     write_artifacts(project / "data", ["none", "puma"], [0])
     run_main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:3]] == ["strategy", "none", "puma"]
-    assert lines[3] == "data/report/report.html"
-    assert Path(lines[3]).stat().st_size > 1_000_000
+    for table in (lines[1:4], lines[6:9]):
+        assert [line.split()[0] for line in table] == ["strategy", "none", "puma"]
+    assert lines[-1] == "data/report/report.html"
+    assert Path(lines[-1]).stat().st_size > 1_000_000
+
+
+def test_named_contrasts_take_the_place_of_the_derived_ones_and_wrong_names_are_refused(project: Path) -> None:
+    write_artifacts(project / "data", ["none", "puma"], [0])
+    for pair, wrong in (("[none, puma]", False), ("[none, pma]", True)):
+        text = PARAMS.replace("report:\n", f"report:\n  contrasts: [{pair}]\n")
+        (project / "params.yaml").write_text(text)
+        if wrong:
+            with pytest.raises(InputError, match="contrasts: wanted pairs of two strategies out of none, puma, got"):
+                run_main()
+        else:
+            run_main()
+            lines = (project / "data/report/differences.csv").read_text().splitlines()
+            assert [line.split(",")[:2] for line in lines[1:]] == [["none", "puma"]]
 
 
 def test_a_missing_manifest_is_an_input_error_that_names_the_stage(project: Path) -> None:
