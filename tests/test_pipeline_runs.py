@@ -1,5 +1,6 @@
 """DVC run for real on a tiny configuration: what reruns, what is restored, what is published."""
 
+import csv
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import recipes
+from tests.conftest import ROOT
 from tests.projects import check_same_results, checkout, planned, repro, shell
 
 pytestmark = pytest.mark.xdist_group("pipeline_runs")
@@ -92,9 +94,11 @@ def test_a_new_strategy_adds_only_its_own_stages_and_tidy_removes_what_it_leaves
 
 def test_the_table_is_printed_and_the_dvc_commands_show_something_useful(finished: Path) -> None:
     table = shell("dvc repro -s -f report", finished).stdout
-    assert re.search(r"strategy +seed +kept +clean +robust", table)
+    assert re.search(r"strategy +seed +kept +clean +robust\n", table)
     assert re.search(r"puma +0 +70.0%", table)
-    assert "data/report/report.html" in table
+    assert re.search(r"strategy +seeds +kept +clean, % +robust, % +passes, M +hours\n", table)
+    assert re.search(r"puma +1 +70% +\d+\.\d \[\d+\.\d, \d+\.\d\] .*\d\n", table)
+    assert "\ndata/report/report.html\n" in table
     assert "puma.robust" in shell("dvc metrics show", finished).stdout
     assert shell("dvc dag", finished).stdout.count("train@puma-0") == 1
     plots = shell("dvc plots show", finished)
@@ -108,9 +112,15 @@ def test_the_table_is_printed_and_the_dvc_commands_show_something_useful(finishe
     change(finished)
     ran = shell("dvc exp run -n half -S strategies.puma.keep=0.5", finished)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    shown = shell("dvc exp show --csv", finished).stdout
-    assert "half" in shown
-    assert "strategies.puma.keep" in shown
+    (command,) = re.findall(r"^    \$ (dvc exp show .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    shown = shell(f"{command} --csv", finished)
+    assert shown.returncode == 0, shown.stderr
+    header, *rows = csv.reader(shown.stdout.splitlines())
+    assert "half" in {row[header.index("Experiment")] for row in rows}
+    about = {"Experiment", "rev", "typ", "Created", "parent"}  # an accuracy is shown where it has changed
+    assert {"puma.kept", "strategies.puma.keep"} <= set(header) - about <= {
+        "strategies.puma.keep", *(f"puma.{name}" for name in ("kept", "clean", "robust"))
+    }  # fmt: skip
     assert re.search(r"puma.kept +0.7 +0.5 +-0.2", shell("dvc metrics diff", finished).stdout)
 
 
