@@ -3,13 +3,13 @@
 Such a file is a plain pickle: each network is `torch_utils.persistence._reconstruct_persistent_obj(meta)` with its state and
 source code in `meta`; a tensor is `torch._utils._rebuild_tensor_v2(storage, ...)`; a storage is
 `torch.storage._load_from_bytes(data)`, where data is in the format of torch.save before version 1.6. Read by pickle.load, it
-runs the code. Here every name is looked up in a table of inert stand-ins, made anew for each file, and any other is refused.
+runs the code. `replay` does not; here is what the names stand for. Tensors are made when they are asked for.
 """
 
 import io
-import pickle
+import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.edm.replay import Make, Name, Record, replay
 from pipeline.params import InputError
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before 1.6
+MAX_OPCODES, MAX_STORAGE_OPCODES = 1_000_000, 1_000  # a network as for CIFAR-10 needs about 45,000 and 60
+MAX_DEPTH, MAX_NAME = 8, 100  # theirs: 5 modules deep
 DTYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -30,150 +33,199 @@ DTYPES = {
 }
 
 
-class RefusedError(InputError):
-    """A pickle asks for what no network needs."""
+@dataclass
+class NumpyType(Record):
+    """The type of a NumPy scalar: its code and its state."""
+
+    state: Any = None
+    code: Any = None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers (count,) of a tensor, still as bytes: they start at `start` of data, little-endian."""
+
+    data: bytes = field(repr=False)
+    start: int
+    count: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A view of a storage that lies inside it and has no more elements than it."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.storage.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, a copy."""
+        begin = self.storage.start + self.offset * self.storage.dtype.itemsize
+        end = begin + extent(self.shape, self.stride) * self.storage.dtype.itemsize
+        numbers = bytearray(memoryview(self.storage.data)[begin:end])
+        return torch.frombuffer(numbers, dtype=self.storage.dtype).as_strided(self.shape, self.stride).clone()
 
 
 @dataclass
-class Module:
-    """What is known of a pickled network or layer: the name of its class, and its attributes as data."""
+class Module(Record):
+    """What is known of a pickled network or layer: its attributes as data, and the name of its class."""
 
-    class_name: str
-    state: dict[str, Any] = field(default_factory=dict)
+    state: Any = field(repr=False)
+    class_name: str = ""
 
     @property
     def children(self) -> dict[str, "Module"]:
-        return {name: child for name, child in self.state.get("_modules", {}).items() if isinstance(child, Module)}
+        return {name: child for name, child in self.named("_modules") if isinstance(child, Module)}
 
-    def modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
-        """Names and modules of the whole tree, as torch's named_modules."""
-        yield prefix, self
-        for name, child in self.children.items():
-            yield from child.modules(f"{prefix}.{name}" if prefix else name)
+    def named(self, kind: str) -> list[tuple[str, Any]]:
+        """Names and values of the modules, parameters or buffers."""
+        found = self.state.get(kind, {}) if isinstance(self.state, dict) else None
+        if not isinstance(found, dict) or not all(isinstance(name, str) and len(name) <= MAX_NAME for name in found):
+            raise InputError(f"wanted names of at most {MAX_NAME} letters in {kind}, got something else")
+        return list(found.items())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All parameters and buffers by name, as torch's state_dict."""
-        found = {}
+    def modules(self) -> Iterator[tuple[str, "Module"]]:
+        """Names and modules of the whole tree, as torch's named_modules.
+
+        Raises:
+            InputError: a module is met twice, or is very deep inside others.
+        """
+        met: set[int] = set()
+
+        def walk(prefix: str, module: Module, depth: int) -> Iterator[tuple[str, Module]]:
+            if id(module) in met or depth > MAX_DEPTH:
+                raise InputError(f"wanted a tree of modules, got one twice or more than {MAX_DEPTH} deep: {prefix}")
+            met.add(id(module))
+            yield prefix, module
+            for name, child in module.children.items():
+                yield from walk(f"{prefix}.{name}" if prefix else name, child, depth + 1)
+
+        return walk("", self, 0)
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All parameters and buffers by name, as torch's state_dict.
+
+        Raises:
+            InputError: a tensor has two names, or as `modules`.
+        """
+        found: dict[str, StoredTensor] = {}
+        met: set[int] = set()
         for prefix, module in self.modules():
             for kind in ("_parameters", "_buffers"):
-                for name, value in module.state.get(kind, {}).items():
-                    if isinstance(value, Tensor):
-                        found[f"{prefix}.{name}" if prefix else name] = value
+                for name, value in module.named(kind):
+                    if isinstance(value, StoredTensor):
+                        full = f"{prefix}.{name}" if prefix else name
+                        if id(value) in met:
+                            raise InputError(f"wanted tensors of their own, got one that has another name besides {full}")
+                        met.add(id(value))
+                        found[full] = value
         return found
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a file: plain values, `Module` for networks and layers, tensors.
+    """The content of a file: plain values, `Module` for networks and layers, `StoredTensor` for tensors.
 
     Raises:
-        InputError: no such file, not a pickle, or it names anything but networks, layers and tensors.
+        InputError: no such file, not a pickle, or it asks for anything but networks, layers and tensors.
     """
     if not path.is_file():
         raise InputError(f"{path}: wanted a pickle of NVlabs' EDM, found no file")
-    with path.open("rb") as file:
-        return load(file, stand_ins(), str(path))
+    content = path.read_bytes()
+    return replay(io.BytesIO(content), published_names(len(content)), str(path), MAX_OPCODES)
 
 
-def load(file: Any, known: dict[tuple[str, str], Any], where: str, storages: list[Any] | None = None) -> Any:
-    """One pickle from file, in which the names `known` stand for harmless values and all others are refused."""
+def published_names(num_bytes: int) -> dict[str, Make]:
+    """Name -> what a call of it makes. All tensors together must not be larger than the file of that size."""
+    left = num_bytes
 
-    class Reader(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) not in known:
-                raise RefusedError(
-                    f"{where}: refused, because it names {module}.{name}, which no network of EDM needs; nothing was executed. "
-                    "Do not load this file by other means"
-                )
-            return known[module, name]
+    def tensor(*arguments: Any) -> StoredTensor:
+        nonlocal left
+        made = stored_tensor(*arguments)
+        left -= made.num_bytes
+        if left < 0:
+            raise InputError("wanted tensors that are together no larger than the file, got more")
+        return made
 
-        def persistent_load(self, pid: Any) -> Any:
-            if storages is None:
-                raise RefusedError(f"{where}: refused, because it refers to data outside the file")
-            storages.append(pid)
-            return len(storages) - 1
+    def container(name: str) -> Make:
+        return lambda *_: Module({}, name)
 
-    try:
-        return Reader(file).load()
-    except InputError:
-        raise
-    except Exception as error:  # a damaged or hostile file may end in any of them
-        raise InputError(f"{where}: not a readable pickle of an EDM network ({type(error).__name__}: {error})") from None
-
-
-def stand_ins() -> dict[tuple[str, str], Any]:
-    """(module, name) -> what it stands for. Fresh classes each time: a pickle may write to them, and to nothing else."""
-
-    class Mapping(dict[Any, Any]):
-        """An ordered or a dotted dict."""
-
-    containers = {("torch.nn.modules.container", name): layer(name) for name in ("ModuleDict", "ModuleList", "Sequential")}
+    containers = {f"torch.nn.modules.container.{name}": container(name) for name in ("ModuleDict", "ModuleList", "Sequential")}
     return containers | {
-        ("torch_utils.persistence", "_reconstruct_persistent_obj"): function(persistent),
-        ("torch._utils", "_rebuild_parameter"): function(lambda data, *_: data),
-        ("torch._utils", "_rebuild_tensor_v2"): function(rebuild_tensor),
-        ("torch.storage", "_load_from_bytes"): function(read_storage),
-        ("collections", "OrderedDict"): Mapping,
-        ("dnnlib.util", "EasyDict"): Mapping,
-        ("builtins", "set"): function(lambda *values: set(*values)),
-        ("__builtin__", "set"): function(lambda *values: set(*values)),
-        # NumPy scalars among the attributes, such as skip_scale = sqrt(1/2): not needed, so not decoded
-        ("numpy", "dtype"): layer("dtype"),
-        ("numpy.core.multiarray", "scalar"): function(lambda *_: None),
-        ("numpy._core.multiarray", "scalar"): function(lambda *_: None),
+        "torch_utils.persistence._reconstruct_persistent_obj": persistent_module,
+        "torch._utils._rebuild_parameter": lambda data, *_: data,
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch.storage._load_from_bytes": read_storage,
+        "collections.OrderedDict": lambda: {},
+        "dnnlib.util.EasyDict": lambda: {},
+        "builtins.set": lambda *_: None,  # not needed
+        "__builtin__.set": lambda *_: None,
+        "numpy.dtype": lambda code, *_: NumpyType(code=code),
+        "numpy.core.multiarray.scalar": numpy_scalar,
+        "numpy._core.multiarray.scalar": numpy_scalar,
     }
 
 
-def layer(name: str) -> type[Module]:
-    """A class whose instances keep the state they are given."""
-
-    class Layer(Module):
-        def __new__(cls, *_: Any) -> "Layer":
-            made = super().__new__(cls)
-            Module.__init__(made, name)
-            return made
-
-        def __init__(self, *_: Any) -> None: ...
-
-        def __setstate__(self, state: Any) -> None:
-            self.state = state if isinstance(state, dict) else {}
-
-    return Layer
-
-
-def function(body: Callable[..., Any]) -> Callable[..., Any]:
-    """A wrapper of its own, so that no pickle can reach the function itself."""
-    return lambda *args: body(*args)
-
-
-def persistent(meta: Any) -> Module:
+def persistent_module(meta: Any) -> Module:
     """A network from the description in its pickle; the source code in it is not looked at."""
-    if not (isinstance(meta, dict) and meta.get("type") == "class" and isinstance(meta.get("state"), dict)):
-        raise InputError("wanted the state of a class of NVlabs' persistence, got something else")
-    return Module(str(meta.get("class_name")), meta["state"])
+    if isinstance(meta, dict) and meta.get("type") == "class":
+        name, state = meta.get("class_name"), meta.get("state")
+        if isinstance(name, str) and len(name) <= MAX_NAME and isinstance(state, dict):
+            return Module(state, name)
+    raise InputError("wanted the state of a class of NVlabs' persistence, got something else")
 
 
-def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A copy of a view of a storage; torch checks that it lies inside."""
-    if not isinstance(storage, Tensor):
+def numpy_scalar(kind: Any, data: Any = None) -> float | None:
+    """A float64, such as skip_scale = sqrt(1/2); other scalars are not needed."""
+    little = isinstance(kind, NumpyType) and kind.code == "f8" and isinstance(kind.state, tuple) and kind.state[1:2] == ("<",)
+    return float(struct.unpack("<d", data)[0]) if little and isinstance(data, bytes) and len(data) == 8 else None
+
+
+def stored_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    """A view of a storage."""
+    if not isinstance(storage, Storage):
         raise InputError(f"wanted the storage of a tensor, got {type(storage).__name__}")
-    return torch.as_strided(storage, tuple(size), tuple(stride), int(offset)).clone()
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 8):
+        raise InputError("wanted a size and a stride for each dimension of a tensor, got something else")
+    numbers = (offset, *shape, *stride)
+    if not all(isinstance(number, int) and 0 <= number < 2**40 for number in numbers) or 0 in shape:
+        raise InputError("wanted sizes above 0 and offsets and strides from 0 of a tensor, got others")
+    if offset + extent(shape, stride) > storage.count or math.prod(shape) > storage.count:
+        raise InputError(f"wanted a tensor inside its storage of {storage.count} numbers, got one that is out of bounds")
+    return StoredTensor(storage, offset, shape, stride)
 
 
-def read_storage(data: Any) -> Tensor:
+def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many numbers of a storage a view spans."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def read_storage(data: Any) -> Storage:
     """The numbers (n,) of a storage in the format of torch.save before version 1.6: five pickles, then their count in
     eight bytes and the numbers, little-endian."""
     if not isinstance(data, bytes):
         raise InputError(f"wanted the bytes of a storage, got {type(data).__name__}")
-    file, types = io.BytesIO(data), {("torch", name): name for name in DTYPES}
     stored: list[Any] = []
-    magic, protocol, _, root, keys = (load(file, types, "a tensor", stored) for _ in range(5))
-    if (magic, protocol, root, len(stored)) != (MAGIC, PROTOCOL, 0, 1):
+
+    def refer(what: Any) -> int:
+        stored.append(what)
+        return len(stored) - 1
+
+    file, types = io.BytesIO(data), {f"torch.{name}": lambda: None for name in DTYPES}
+    parts = [replay(file, types, "a tensor", MAX_STORAGE_OPCODES, refer) for _ in range(5)]
+    if [parts[0], parts[1], parts[3]] != [MAGIC, PROTOCOL, 0] or len(stored) != 1:
         raise InputError("wanted one storage in the format of torch.save before version 1.6")
-    kind, name, key, _, count, view = stored[0]
-    if kind != "storage" or name not in DTYPES or list(keys) != [key] or view is not None:
-        raise InputError(f"wanted a whole storage of numbers, got {kind!r} of {name!r}")
-    dtype = DTYPES[name]
-    numbers = file.read()
-    if len(numbers) != 8 + count * dtype.itemsize or struct.unpack("<q", numbers[:8]) != (count,):
-        raise InputError(f"wanted {count} numbers of {dtype}, got {len(numbers) - 8} bytes")
-    return torch.frombuffer(bytearray(numbers[8:]), dtype=dtype)
+    match stored[0], parts[4]:
+        case ("storage", Name(name=str(name)), str(key), _, int(count), None), [str(other)] if key == other and count >= 0:
+            dtype = DTYPES[name]
+        case _:
+            raise InputError("wanted a whole storage of numbers, got something else")
+    start = file.tell() + 8
+    if len(data) != start + count * dtype.itemsize or struct.unpack("<q", data[start - 8 : start]) != (count,):
+        raise InputError(f"wanted {count} numbers of {dtype}, got {len(data) - start} bytes")
+    return Storage(data, start, count, dtype)

@@ -83,7 +83,7 @@ def block(given: Any) -> Persistent:
 def published(net: UNet, augment_dim: int = 9, **attributes: Any) -> dict[str, Any]:
     """The content of a pickle that has the weights of net."""
     unet = Persistent("SongUNet", label_dropout=net.label_dropout, _init_kwargs={"model_channels": net.position_channels})
-    unet.map_noise = Persistent("PositionalEmbedding", num_channels=net.position_channels, endpoint=True)
+    unet.map_noise = Persistent("PositionalEmbedding", num_channels=net.position_channels, max_positions=10_000, endpoint=True)
     for name in ("map_label", "map_layer0", "map_layer1"):
         setattr(unet, name, layer("Linear", net.get_submodule(name)))
     if augment_dim:
