@@ -48,7 +48,8 @@ MANIFEST_SCHEMA = pa.schema(
 
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
-    """Yield a fresh directory beside target; on success it becomes target in one rename, on failure it is removed."""
+    """Yield a fresh directory beside target; on success it becomes target in one rename, on failure it is removed. What
+    target was before is moved aside whole, and removed only when the new one is in its place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(work, ignore_errors=True)
@@ -56,12 +57,25 @@ def publish(target: Path) -> Iterator[Path]:
     try:
         yield work
         sync(work)
-        if target.exists():
-            shutil.rmtree(target)
-        work.rename(target)
+        replace(target, work)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def replace(target: Path, work: Path) -> None:
+    """Put the directory work in the place of target; if that fails, target is as it was."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        work.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # what cannot be removed is not the artifact
 
 
 def place(source: Path, target: Path) -> None:
