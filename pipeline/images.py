@@ -195,7 +195,7 @@ def write_store(
     """
     with publish(target) as work:
         labels, shards = write_shards(work, chunks, shape, len(classes), shard_rows)
-        rows = source_rows().astype(np.int64) if source_rows is not None else None
+        rows = source_rows().astype(np.int64, copy=False) if source_rows is not None else None
         write_header(work, shards, labels, classes=classes, shape=shape, origin=origin, source_rows=rows)
     return ImageStore.open(target)
 
@@ -205,13 +205,14 @@ def write_shards(
 ) -> tuple[Labels, list[dict[str, Any]]]:
     """Write chunks into shards of shard_rows images, of which the last may be smaller: all labels (n,), and what
     store.json says about the shards."""
-    labels: list[Labels] = []
+    labels: list[NDArray[np.integer[Any]]] = []
+    compact = np.min_scalar_type(num_classes)
     entries: list[dict[str, Any]] = []
     shard: Shard | None = None
     try:
         for images, chunk_labels in chunks:
             check_chunk(images, chunk_labels, shape, num_classes)
-            labels.append(chunk_labels.astype(np.int64))
+            labels.append(chunk_labels.astype(compact))
             done = 0
             while done < len(images):
                 shard = shard or Shard(folder / shard_name(len(entries)), shape, shard_rows)
@@ -226,7 +227,7 @@ def write_shards(
     finally:
         if shard:
             shard.file.close()
-    return np.concatenate(labels) if labels else np.empty(0, np.int64), entries
+    return np.concatenate(labels, dtype=np.int64) if labels else np.empty(0, np.int64), entries
 
 
 def write_header(

@@ -59,6 +59,16 @@ def test_chunks_of_a_range_give_its_rows_images_and_labels(tmp_path: Path) -> No
     np.testing.assert_array_equal(np.concatenate([part for _, _, part in chunks]), labels[2:10])
 
 
+@pytest.mark.parametrize("num_classes", [1, 255, 256, 257, 40_000])
+def test_labels_of_any_number_of_classes_are_kept(tmp_path: Path, num_classes: int) -> None:
+    labels = np.array([0, num_classes // 2, num_classes - 1])
+    chunks = [(np.zeros((3, *SHAPE), np.uint8), labels), (np.zeros((3, *SHAPE), np.uint8), labels[::-1])]
+    classes = tuple(map(str, range(num_classes)))
+    store = write_store(tmp_path / "store", chunks, classes=classes, shape=SHAPE, shard_rows=4, origin={})
+    np.testing.assert_array_equal(store.labels, [*labels, *labels[::-1]])
+    assert store.labels.dtype == np.int64
+
+
 def test_a_batch_is_a_copy_that_can_be_written(tmp_path: Path) -> None:
     images, labels = sample(5)
     store = write(tmp_path / "store", [(images, labels)])

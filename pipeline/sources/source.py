@@ -56,7 +56,7 @@ class Split:
     def source_rows(self, rows: Rows | None, corrupt: Corrupt) -> Rows:
         """The rows in the source of what a stream of rows gave."""
         wanted = self.rows(rows) if self.order is None else self.order[self.rows(rows)]
-        return wanted[~np.isin(wanted, corrupt.rows)]
+        return wanted[~np.isin(wanted, corrupt.rows)] if corrupt.rows else wanted
 
     def part(self, rows: Rows) -> "Split":
         """A split of ascending rows of this one."""
