@@ -18,7 +18,8 @@ from pipeline.params import InputError
 from pipeline.selection import CHUNK_ROWS
 
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
-GROUPS = ("lowest", "middle", "highest")
+SAMPLE_IMAGES = 2000  # of a store, for the quantiles of its pixels
+TITLES = ("lowest margins", "middle margins", "highest margins")
 TILE, GAP, LINE = 48, 4, 12  # pixels of a picture, between pictures, and of a line of text
 NAME_WIDTH = 110
 
@@ -35,7 +36,7 @@ Row = tuple[str, list[list[Cell]]]  # the class, and its pictures by group
 
 
 def describe(path: Path) -> list[str]:
-    """Schema, counts and quantiles of the artifact at path, line by line.
+    """Schema, counts and quantiles of the artifact at path, line by line; of a store those of the pixels of a sample.
 
     Raises:
         InputError: it is none that can be shown, or it is damaged.
@@ -60,8 +61,22 @@ def describe_store(path: Path) -> list[str]:
     header, store = StoreHeader.read(path), ImageStore.open(path)
     size = " x ".join(map(str, store.shape))
     lines = [f"{path}: image store, {len(store)} images of {size} uint8 in {len(header.shards)} shards"]
+    files = {"images-*.npy": f"uint8 (n, {', '.join(map(str, store.shape))})", "labels.npy": "int64 (n,)"}
+    if header.source_rows_sha256 is not None:
+        files["source_rows.npy"] = "int64 (n,), the row of each image in its source"
+    lines += counts("schema", files)
     lines += counts("class", dict(zip(header.classes, header.class_counts, strict=True)))
-    return [*lines, *counts("origin", header.origin)]
+    lines += counts("origin", header.origin)
+    rows = np.arange(0, len(store), max(1, len(store) // SAMPLE_IMAGES))
+    lines += [f"images per class, and the channels of {len(rows)} images from end to end"]
+    return lines + quantile_lines({"per class": np.array(header.class_counts, np.float32), **channels(store, rows)})
+
+
+def channels(store: ImageStore, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """The pixel values of the images of rows (B,), channel by channel."""
+    values = store.batch(rows).reshape(-1, store.shape[2]).T.astype(np.float32)
+    names = {1: ["grey"], 3: ["red", "green", "blue"]}.get(len(values), [f"channel {c}" for c in range(len(values))])
+    return dict(zip(names, values, strict=True))
 
 
 def describe_margins(path: Path) -> list[str]:
@@ -104,16 +119,22 @@ def quantile_lines(columns: dict[str, NDArray[np.float32]]) -> list[str]:
 
 
 def sheet(path: Path, data: Path, *, per_group: int, max_classes: int) -> Image.Image:
-    """The contact sheet of a store (the first images of each class), or of a margin table or a manifest (the images of
-    lowest, middle and highest margin of each class, of a manifest the kept ones). Stores and margins are looked for
-    below data.
+    """The contact sheet of a store, a margin table or a manifest: the images of lowest, middle and highest margin of each
+    class, of a manifest the kept ones. Stores and margins are looked for below data; a store without margins shows the
+    first images of each class.
 
     Raises:
         InputError: an artifact that it needs is missing or was made for other images.
     """
-    if (path / "store.json").is_file():
+    places = {"real": data / "real" / "train", "synthetic": data / "synthetic"}
+    source = next((name for name, place in places.items() if path.resolve() == place.resolve()), None)
+    is_store = (path / "store.json").is_file()
+    if is_store and (source is None or not list((data / "margins").glob("part-*.parquet"))):
         return draw(store_rows(ImageStore.open(path), per_group, max_classes), ["first images"])
-    stores = {"real": ImageStore.open(data / "real" / "train"), "synthetic": ImageStore.open(data / "synthetic")}
+    stores = {name: ImageStore.open(place) for name, place in places.items()}
+    if is_store:
+        part = np.repeat([name == source for name in stores], [len(store) for store in stores.values()])
+        return draw(margin_rows(data / "margins", part, stores, per_group, max_classes), TITLES)
     manifest = path / "manifest.parquet"
     kept = None
     if manifest.is_file():
@@ -121,7 +142,7 @@ def sheet(path: Path, data: Path, *, per_group: int, max_classes: int) -> Image.
             [b["kept"].to_numpy(zero_copy_only=False) for b in scan_table(manifest, MANIFEST_SCHEMA, ["kept"], CHUNK_ROWS)]
         )
     margins = data / "margins" if kept is not None else path
-    return draw(margin_rows(margins, kept, stores, per_group, max_classes), [f"{name} margins" for name in GROUPS])
+    return draw(margin_rows(margins, kept, stores, per_group, max_classes), TITLES)
 
 
 def store_rows(store: ImageStore, count: int, max_classes: int) -> Iterator[Row]:
@@ -131,23 +152,23 @@ def store_rows(store: ImageStore, count: int, max_classes: int) -> Iterator[Row]
 
 
 def margin_rows(
-    margins: Path, kept: NDArray[np.bool_] | None, stores: dict[str, ImageStore], count: int, max_classes: int
+    margins: Path, chosen: NDArray[np.bool_] | None, stores: dict[str, ImageStore], count: int, max_classes: int
 ) -> Iterator[Row]:
     batches = list(scan_table(margins, MARGINS_SCHEMA, ["label", "margin"], CHUNK_ROWS))
     label = np.concatenate([batch["label"].to_numpy() for batch in batches])
     margin = np.concatenate([batch["margin"].to_numpy(zero_copy_only=False) for batch in batches])
     del batches
     num_real = len(stores["real"])
-    if len(label) != num_real + len(stores["synthetic"]) or (kept is not None and len(kept) != len(label)):
+    if len(label) != num_real + len(stores["synthetic"]) or (chosen is not None and len(chosen) != len(label)):
         raise InputError(f"{margins}: its {len(label)} rows are not those of the stores or of the manifest; run `dvc repro`")
-    shown = ~np.isnan(margin) if kept is None else ~np.isnan(margin) & kept
+    shown = ~np.isnan(margin) if chosen is None else ~np.isnan(margin) & chosen
     for index, name in enumerate(stores["real"].classes[:max_classes]):
         rows = np.flatnonzero(shown & (label == index))
         rows = rows[np.argsort(margin[rows], kind="stable")]
         groups = []
-        for chosen in thirds(rows, count):
+        for group in thirds(rows, count):
             cells = []
-            for row in chosen:
+            for row in group:
                 source, local = ("real", row) if row < num_real else ("synthetic", row - num_real)
                 cells.append(Cell(stores[source].batch(np.array([local]))[0], f"{margin[row]:.3g}"))
             groups.append(cells)

@@ -13,7 +13,7 @@ from pipeline.images import ImageStore, write_store
 from pipeline.manifest import write_manifest
 from pipeline.params import InputError
 from pipeline.pruning import Strategy
-from pipeline.show import GAP, LINE, NAME_WIDTH, TILE, describe, sheet, thirds
+from pipeline.show import GAP, LINE, NAME_WIDTH, QUANTILES, TILE, describe, sheet, thirds
 from tests.conftest import ROOT
 from tests.test_pruning import margin_table
 
@@ -71,7 +71,21 @@ def test_the_sheet_of_a_manifest_shows_kept_images_only(data: Path) -> None:
     assert levels[:, 2].min() > 60
 
 
-def test_the_sheet_of_a_store_shows_the_first_images_of_each_class(data: Path) -> None:
+@pytest.mark.parametrize(("source", "part"), [("real/train", slice(0, 80)), ("synthetic", slice(80, 240))])
+def test_the_sheet_of_a_store_shows_its_own_images_by_margin(data: Path, source: str, part: slice) -> None:
+    table = margin_table(240, ties=False)
+    margin, label = table["margin"].to_numpy(), table["label"].to_numpy()
+    rank = np.argsort(np.argsort(np.nan_to_num(margin, nan=9.0)))
+    levels = grey_levels(sheet(data / source, data, per_group=2, max_classes=4), 3, 2, 4)
+    here = np.isin(np.arange(240), np.arange(240)[part]) & ~np.isnan(margin)
+    for c in range(4):
+        ordered = np.sort(rank[(label == c) & here])
+        middle = (len(ordered) - 2) // 2
+        assert levels[c].tolist() == [ordered[:2].tolist(), ordered[middle : middle + 2].tolist(), ordered[-2:].tolist()]
+
+
+def test_the_sheet_of_a_store_without_margins_shows_the_first_images_of_each_class(data: Path) -> None:
+    (data / "margins").rename(data / "no-margins")
     store = ImageStore.open(data / "synthetic")
     levels = grey_levels(sheet(data / "synthetic", data, per_group=4, max_classes=2), 1, 4, 2)
     for c in range(2):
@@ -99,7 +113,16 @@ def test_the_text_gives_schema_counts_and_quantiles(data: Path) -> None:
     assert "kept 120 of 240 (50.0%)" in manifest
     store = describe(data / "real" / "train")
     assert store[0].endswith("80 images of 4 x 4 x 1 uint8 in 2 shards")
-    assert [int(line.split()[1]) for line in store[2:6]] == np.bincount(table["label"].to_numpy()[:80]).tolist()
+    assert "  labels.npy               int64 (n,)" in store
+    assert "  images-*.npy             uint8 (n, 4, 4, 1)" in store
+    start = store.index("class") + 1
+    per_class = np.bincount(table["label"].to_numpy()[:80])
+    assert [int(line.split()[1]) for line in store[start : start + 4]] == per_class.tolist()
+    rank = np.argsort(np.argsort(np.nan_to_num(margin, nan=9.0)))[:80]
+    for name, values in (("per class", per_class), ("grey", np.repeat(rank, 16))):
+        (line,) = [line for line in store[store.index("quantiles") :] if line.startswith(f"  {name:14}")]
+        found = [float(value) for value in line[16:].split()]
+        np.testing.assert_allclose(found, np.quantile(values, QUANTILES), rtol=1e-3)
 
 
 def test_what_cannot_be_shown_says_so_in_one_line(data: Path) -> None:
