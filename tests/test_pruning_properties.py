@@ -1,7 +1,11 @@
 """What holds for every strategy and every margin table."""
 
+import json
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -10,7 +14,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA
+from pipeline import manifest as manifests
+from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, read_json, read_table, write_table
 from pipeline.manifest import prune
 from pipeline.params import InputError
 from pipeline.pruning import Strategy
@@ -193,6 +198,29 @@ def test_nothing_that_is_pruned_lies_on_the_kept_side_of_the_score(table: pa.Tab
 def test_two_strategies_with_one_seed_share_their_random_rows(table: pa.Table, seed: int, keep: tuple[float, float]) -> None:
     fewer, more = (pruned(table, Strategy(score="random", keep=share, seed=seed))["kept"] for share in sorted(keep))
     assert not (fewer & ~more).any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(table=tables(), strategy=strategies, cuts=st.lists(st.integers(0, 40), max_size=3), chunk=st.integers(1, 50))
+def test_the_manifest_of_a_table_in_parts_is_that_of_the_whole(
+    table: pa.Table, strategy: Strategy, cuts: list[int], chunk: int
+) -> None:
+    """Parts, and batches within them, of any size; also parts with one source alone."""
+    try:
+        whole, summary = prune(table, strategy, EPS)
+    except InputError:
+        assume(False)
+        raise
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "CHUNK_ROWS", chunk)
+        (margins := Path(folder) / "margins").mkdir()
+        edges = sorted({0, len(table), *(cut for cut in cuts if cut < len(table))})
+        for index, (start, stop) in enumerate(pairwise(edges)):
+            write_table(margins / f"part-{index:05d}.parquet", table.slice(start, stop - start))
+        manifests.write_manifest(Path(folder), margins, strategy, EPS)
+        found = read_table(Path(folder) / "manifest.parquet", MANIFEST_SCHEMA)
+        assert found.to_pylist() == whole.to_pylist()
+        assert read_json(Path(folder) / "summary.json") == json.loads(json.dumps(summary))
 
 
 def test_a_score_with_nan_is_refused() -> None:
