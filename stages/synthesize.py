@@ -1,6 +1,5 @@
 """synthesize: the store of synthetic images, drawn from the generator, read from .npz files, a stand-in, or empty."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,11 +23,11 @@ from pipeline.edm.selecting import (
     scorer,
 )
 from pipeline.execution import Task, device, stage_run
-from pipeline.images import Chunk, ImageStore, join_stores, write_store
+from pipeline.images import ImageStore, join_stores, write_store
 from pipeline.models.checkpoint import describe, load_model
 from pipeline.params import InputError, Section, StageParams
-from pipeline.sources.left_out import LeftOutParams, left_out
-from pipeline.sources.npz import Archives, NpzSyntheticParams, stream
+from pipeline.sources.left_out import Given, LeftOutParams, left_out
+from pipeline.sources.npz import Archives, NpzSyntheticParams, source_rows, stream
 from pipeline.sources.source import expand
 from pipeline.stage import run
 
@@ -128,17 +127,26 @@ def guide_digest(guide_path: Path) -> str:
     return digest
 
 
-def read(
-    source: NpzSyntheticParams | LeftOutParams | NoSyntheticParams, train: ImageStore
-) -> tuple[dict[str, Any], Iterator[Chunk]]:
-    """Origin and images of what exists already."""
+def read(source: NpzSyntheticParams | LeftOutParams | NoSyntheticParams, train: ImageStore) -> Given:
+    """What exists already."""
     if isinstance(source, NoSyntheticParams):
-        return {"kind": "none"}, iter(())
+        return Given({"kind": "none"}, iter(()))
     if isinstance(source, LeftOutParams):
         return left_out(source, train)
     archives = Archives.open(expand(source.files), source.image_key, source.label_key)
-    _, chunks = stream(**source.model_dump(exclude={"kind", "filtered"}))
-    return {"kind": "npz", "files": archives.origin(), "seed": source.seed, "filtered": source.filtered}, chunks
+    count, chunks = stream(**source.model_dump(exclude={"kind", "filtered"}))
+    origin = {"kind": "npz", "files": archives.origin(), "seed": source.seed, "filtered": source.filtered}
+    return Given(origin, chunks, lambda: source_rows(origin, count))
+
+
+def write_given(target: Path, given: Given, train: ImageStore, shard_rows: int) -> None:
+    """A store of images that exist already, with their rows in the source, and the list of those that cannot be read."""
+    write_store(
+        target, given.chunks, classes=train.classes, shape=train.shape, shard_rows=shard_rows, origin=given.origin,
+        source_rows=given.source_rows,
+    )  # fmt: skip
+    if given.corrupt is not None:
+        write_json(target / "corrupt.json", given.corrupt.listed())
 
 
 def shards(num_images: int, rows: int) -> dict[str, dict[str, Any]]:
@@ -152,8 +160,7 @@ def main(train_path: Path, generator_path: Path, guide_path: Path, synthetic_pat
     section, train = params.synthesize, ImageStore.open(train_path)
     source, rows, rule = section.source, section.shard_rows, section.select
     if not isinstance(source, EdmSourceParams):
-        origin, chunks = read(source, train)
-        write_store(synthetic_path, chunks, classes=train.classes, shape=train.shape, shard_rows=rows, origin=origin)
+        write_given(synthetic_path, read(source, train), train, rows)
         return
     origin = origin_of(source, load_generator(generator_path, CPU, classes=train.classes, shape=train.shape))
     inputs, tasks = [train_path, generator_path, guide_path], shards(source.num_images, rows)
