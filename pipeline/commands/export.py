@@ -13,7 +13,7 @@ def export(
     checkpoint: Annotated[
         Literal["best", "last"] | None, typer.Option(help="Of a run; by default the one that was evaluated.")
     ] = None,
-    licence: Annotated[str, typer.Option(help="Of the weights, e.g. mit; the card names it.")] = "",
+    licence: Annotated[str, typer.Option(help="Of the weights: mit, or where another can be read.")] = "",
     model_id: Annotated[str, typer.Option("--id", help="For RobustBench: NameYearFirstWord.")] = "",
     title: str = "",
     authors: str = "",
@@ -21,6 +21,7 @@ def export(
     venue: str = "",
     dataset: Annotated[str, typer.Option(help="For RobustBench: cifar10, cifar100 or imagenet.")] = "",
     additional_data: Annotated[bool, typer.Option(help="For RobustBench: images beyond the training set were used.")] = False,
+    model_zoo: Annotated[bool, typer.Option(help="For RobustBench: it may add the weights to its model zoo.")] = False,
 ) -> None:
     """Write a trained model for use elsewhere, with a model card: data, licence, threat, metrics, digests.
 
@@ -29,7 +30,9 @@ def export(
     from pipeline.exporting.export import export as write
     from pipeline.exporting.robustbench import Paper
 
-    paper = Paper(model_id, title, authors, link, venue, dataset, additional_data) if model_id else None
+    paper = None
+    if model_id:
+        paper = Paper(model_id, title, authors, link, venue, dataset, additional_data, licence, model_zoo)
     target = to or Path("exports") / f"{model.replace('/', '-')}-{kind}"
     for point in write(Path("data"), model, kind, target, checkpoint=checkpoint, licence=licence, paper=paper):
         print(f"to be done: {point}")
@@ -46,6 +49,8 @@ def export_robustbench(
     venue: str = "",
     dataset: Annotated[str, typer.Option(help="cifar10, cifar100 or imagenet, where the source does not tell.")] = "",
     additional_data: Annotated[bool, typer.Option(help="Whether images beyond the training set were used.")] = False,
+    licence: Annotated[str, typer.Option(help="Of the weights: mit, or where another can be read.")] = "",
+    model_zoo: Annotated[bool, typer.Option(help="Whether RobustBench may add the weights to its model zoo.")] = False,
 ) -> None:
     """The same as `export RUN --format robustbench --id ID`: model_info, weights in its key layout, the text of the issue,
     and what is missing.
@@ -54,5 +59,5 @@ def export_robustbench(
     """
     export(
         run, "robustbench", to, model_id=model_id, title=title, authors=authors, link=link, venue=venue, dataset=dataset,
-        additional_data=additional_data,
+        additional_data=additional_data, licence=licence, model_zoo=model_zoo,
     )  # fmt: skip

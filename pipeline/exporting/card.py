@@ -11,6 +11,7 @@ from safetensors import safe_open
 from pipeline.artifacts import digest_file
 from pipeline.exporting.records import Record
 from pipeline.reporting.intervals import wilson_interval
+from pipeline.reporting.synthetic import names_of_sources
 
 CONFIDENCE = 0.95
 UNKNOWN = "not recorded"
@@ -80,7 +81,8 @@ def data(record: Record) -> list[str]:
         if count == 0 or (origin or {}).get("kind") == "none":
             continue
         used = f"{count:,}" if count else "in training" if origin else UNKNOWN
-        lines.append(f"| {source} | {used} | {origin_text(origin or {})} | {licence_of(origin or {})} |")
+        name = names_of_sources(origin or {})[source]
+        lines.append(f"| {name} | {used} | {origin_text(origin or {})} | {licence_of(origin or {})} |")
     if (test := record.origins.get("test")) is not None:
         lines.append(f"| test | in the evaluation only | {origin_text(test)} | {licence_of(test)} |")
     if record.origins.get("synthetic", {}).get("kind") == "left_out":

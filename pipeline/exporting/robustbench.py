@@ -25,7 +25,8 @@ LEADERBOARDS = {  # dataset and threat -> radius
 
 @dataclass(frozen=True)
 class Paper:
-    """What the artifacts do not know. `model_id`: as in Wang2023Better_WRN-28-10."""
+    """What the artifacts do not know. `model_id`: as in Wang2023Better_WRN-28-10; `licence` of the weights, "mit" or where it
+    can be read; `model_zoo`: whether RobustBench may add the weights to its model zoo."""
 
     model_id: str
     title: str = ""
@@ -34,17 +35,21 @@ class Paper:
     venue: str = ""
     dataset: str = ""
     additional_data: bool = False
+    licence: str = ""
+    model_zoo: bool = False
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The artifacts of one run."""
+    """The artifacts of one run. `origin` of the test images, `synthetic_origin` of the `num_synthetic` images that are called
+    synthetic, empty where it is not on record."""
 
     metrics: dict[str, Any]
     model: dict[str, Any]
     weights: Path
     num_synthetic: int
     origin: dict[str, Any]
+    synthetic_origin: dict[str, Any]
 
     @property
     def norm(self) -> str:
@@ -60,6 +65,11 @@ class Evaluated:
     def is_standard(self) -> bool:
         return list(self.metrics["attacks"]) == STANDARD
 
+    @property
+    def has_stand_in(self) -> bool:
+        """Whether real images that ingest left out stand in the place of the synthetic ones."""
+        return self.synthetic_origin.get("kind") == "left_out"
+
 
 def evaluated(record: Record) -> Evaluated:
     """Raises:
@@ -67,9 +77,9 @@ def evaluated(record: Record) -> Evaluated:
     """
     if record.metrics is None:
         raise InputError(f"{record.folder}: RobustBench wants an evaluation of this checkpoint, found none; run `dvc repro`")
-    origin = record.origins.get("test", {})
+    test, synthetic = (record.origins.get(name, {}) for name in ("test", "synthetic"))
     weights = record.folder / "model.safetensors"
-    return Evaluated(record.metrics, record.model, weights, record.kept.get("synthetic", 0), origin)
+    return Evaluated(record.metrics, record.model, weights, record.kept.get("synthetic", 0), test, synthetic)
 
 
 def write(work: Path, found: Evaluated, paper: Paper) -> list[str]:
@@ -113,8 +123,9 @@ def percent(accuracy: float) -> str:
 
 
 def footnote(found: Evaluated) -> str:
+    """Empty where no image was generated."""
     count = found.num_synthetic
-    if not count:
+    if not count or found.has_stand_in:
         return ""
     amount = f"{count / 1e6:g}M" if count >= 100_000 else f"{count:,}"
     return f"It uses additional {amount} synthetic images in training."
@@ -149,6 +160,15 @@ def missing(found: Evaluated, paper: Paper, dataset: str) -> list[str]:
         points.append(f"attacked by {', '.join(metrics['attacks'])} only: it wants evaluate.version: standard")
     flags = metrics.get("flags", {})
     points += [f"AutoAttack warns of {name.replace('_', ' ')}" for name, value in flags.items() if value]
+    if found.num_synthetic and found.has_stand_in:
+        points.append(
+            f"a stand-in: {found.num_synthetic:,} real images that ingest left out were used in the place of synthetic ones, "
+            "so it is no model of synthetic data"
+        )
+    elif found.num_synthetic and not found.synthetic_origin:
+        points.append("where its synthetic images come from is not on record: correct the footnote if they were not generated")
+    if not paper.licence:
+        points.append("give --licence: mit, or where another one can be read; that of the training images may bind it")
     if found.model["architecture"] != "wideresnet":
         points.append(f"RobustBench has no {found.model['architecture']} of this layout: hand in its definition too")
     elif found.model["shape"][:2] != [32, 32]:
@@ -181,12 +201,24 @@ def issue_text(found: Evaluated, paper: Paper, open_points: list[str]) -> str:
         f"- **Checkpoint and code**: SHA-256 of the weights before conversion {metrics['model']}",
         "",
         "# Model Zoo:",
-        f"- [{' ' if found.model['architecture'] == 'wideresnet' else 'x'}] an architecture that is not included",
+        *zoo_boxes(found, paper),
         "",
         *zoo_entry(found, paper),
     ]
     lines += ["", "To be done before it is handed in:", *(f"- {point}" for point in open_points)] if open_points else []
     return "\n".join(lines) + "\n"
+
+
+def zoo_boxes(found: Evaluated, paper: Paper) -> list[str]:
+    """The statements of the template, checked where they hold."""
+    custom = "" if paper.licence.lower() == "mit" else paper.licence
+    statements = {
+        "I want to add my models to the Model Zoo": paper.model_zoo,
+        "I use an architecture that is **not** included among those there": found.model["architecture"] != "wideresnet",
+        "I agree to release my model(s) under MIT license **OR**": bool(paper.licence) and not custom,
+        f"I want my models to be released under a custom license, located here: {custom}": bool(custom),
+    }
+    return [f"- [{'x' if holds else ' '}] {statement}" for statement, holds in statements.items()]
 
 
 def zoo_entry(found: Evaluated, paper: Paper) -> list[str]:

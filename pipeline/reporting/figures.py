@@ -111,16 +111,23 @@ def scatter(runs: Sequence[Run], styles: Mapping[str, Style], x_name: str, x_of:
     return data
 
 
-def margin_figure(histogram: MarginHistogram, manifests: Sequence[Manifest], styles: Mapping[str, Style], eps: float) -> Figure:
-    """Share of each source per bin, the radius of the threat and the cuts of the strategies that prune by margin."""
+def margin_figure(
+    histogram: MarginHistogram,
+    manifests: Sequence[Manifest],
+    styles: Mapping[str, Style],
+    eps: float,
+    names: Mapping[str, str],
+) -> Figure:
+    """Share of each source per bin, the radius of the threat and the cuts of the strategies that prune by margin; names:
+    what the sources are called."""
     shares = {source: count / max(1, count.sum()) for source, count in histogram.counts.items()}
     top = max((float(share.max()) for share in shares.values()), default=1.0)
     data: list[dict[str, Any]] = [
         {
-            **{"type": "bar", "name": source, "x": numbers(PIXEL_LEVELS * histogram.centres), "y": numbers(share)},
+            **{"type": "bar", "name": names[source], "x": numbers(PIXEL_LEVELS * histogram.centres), "y": numbers(share)},
             "width": float(PIXEL_LEVELS * (histogram.edges[1] - histogram.edges[0])),
             "marker": {"color": SOURCE_COLOURS[source], "opacity": 0.55, "line": {"width": 0}},
-            "hovertemplate": f"{source}<br>margin %{{x:.3g}}<br>%{{y:.2%}}<extra></extra>",
+            "hovertemplate": f"{names[source]}<br>margin %{{x:.3g}}<br>%{{y:.2%}}<extra></extra>",
         }
         for source, share in shares.items()
     ]
@@ -145,7 +152,11 @@ def margin_figure(histogram: MarginHistogram, manifests: Sequence[Manifest], sty
 
 
 def class_figure(
-    histogram: MarginHistogram, classes: Sequence[str], manifests: Sequence[Manifest], styles: Mapping[str, Style]
+    histogram: MarginHistogram,
+    classes: Sequence[str],
+    manifests: Sequence[Manifest],
+    styles: Mapping[str, Style],
+    names: Mapping[str, str],
 ) -> Figure:
     """One row per class, the brighter the more of its samples have that margin; the cuts as in `margin_figure`."""
     counts = histogram.by_class
@@ -168,7 +179,7 @@ def class_figure(
         "xaxis": axis(f"signed margin, {histogram.norm} norm (1/255)"),
         "yaxis": {"tickvals": rows, "ticktext": list(classes), "autorange": "reversed"} if len(rows) <= MAX_CLASS_TICKS else {},
     }
-    note = "Real and synthetic samples by their label; each row adds up to one class."
+    note = f"The samples, {' and '.join(names.values())}, by their label; each row adds up to one class."
     return Figure("margins-by-class", "Margins by class", note, data, layout)
 
 

@@ -33,6 +33,7 @@ class Page:
     groups: Groups
     summary: Sequence[Row]
     passes_per_second: float | None
+    source_names: Mapping[str, str]
     notices: Sequence[str]
     verdict: Sequence[str]
     flags: Sequence[str]

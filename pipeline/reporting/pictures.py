@@ -84,14 +84,16 @@ def lowest(best: Samples, candidates: Samples, key: NDArray[np.float64], count: 
     return joined[np.lexsort((joined["row"], joined["source"], joined["key"]))[:count]]
 
 
-def margin_sheet(title: str, samples: Samples, stores: Mapping[str, ImageStore], scale: float) -> Sheet:
-    """Pictures with label (and prediction where it differs) and the margin, multiplied by scale."""
+def margin_sheet(
+    title: str, samples: Samples, stores: Mapping[str, ImageStore], scale: float, names: Mapping[str, str]
+) -> Sheet:
+    """Pictures with label (and prediction where it differs) and the margin, multiplied by scale; names: of the sources."""
     pictures = []
     for sample in samples:
         source = SOURCES[sample["source"]]
         store = stores[source]
         caption = name_classes(store, int(sample["label"]), int(sample["predicted"]))
-        note = f"{source} {sample['row']}: {scale * sample['margin']:.2f}".replace("-", "−")
+        note = f"{names[source]} {sample['row']}: {scale * sample['margin']:.2f}".replace("-", "−")
         pictures.append(Picture(encode(store, int(sample["row"])), caption, note))
     return Sheet(title, pictures)
 

@@ -35,9 +35,15 @@ def digests(artifacts: Artifacts, runs: Sequence[Run]) -> dict[str, str]:
     return {place: digest_file(path) for place, path in files.items()} | models
 
 
-def provenance(artifacts: Artifacts, params: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
-    """By heading: text, or what is shown as JSON."""
-    stores = {"real train": artifacts.real / "train", "real test": artifacts.real / "test", "synthetic": artifacts.synthetic}
+def provenance(
+    artifacts: Artifacts, params: Mapping[str, Any], runs: Sequence[Run], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """By heading: text, or what is shown as JSON; names: what the sources are called."""
+    stores = {
+        "real train": artifacts.real / "train",
+        "real test": artifacts.real / "test",
+        names["synthetic"]: artifacts.synthetic,
+    }
     metadata = pq.read_schema(parts(artifacts.margins)[0]).metadata or {}
     versions = {name: sorted({run.versions[name] for run in runs}) for name in runs[0].versions}
     return {

@@ -1,21 +1,22 @@
 """How good the margins are, from the quality.json of the margin stage, in sentences."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import read_json
 
 
-def quality_sentences(margins: Path) -> list[str]:
+def quality_sentences(margins: Path, names: Mapping[str, str]) -> list[str]:
     """One sentence each: rows without a margin, the class with most of them, agreement with the tight estimate, and what
-    a repetition changes.
+    a repetition changes; names: what the sources are called.
 
     Raises:
         InputError: the file is missing.
     """
     found = read_json(margins / "quality.json")
     sentences = [
-        f"{source}: {counts['rows']:,} samples, {share(counts, 'not_converged')} without a margin, "
+        f"{names[source]}: {counts['rows']:,} samples, {share(counts, 'not_converged')} without a margin, "
         f"{share(counts, 'misclassified')} misclassified by the margin model" + worst_class(found["by_class"][source])
         for source, counts in found["by_source"].items()
     ]

@@ -1,6 +1,7 @@
 """From the artifacts of all stages to the report directory."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from pipeline.reporting.provenance import digests, provenance
 from pipeline.reporting.quality import quality_sentences
 from pipeline.reporting.runs import Run, by_strategy, radius, read_runs
 from pipeline.reporting.summary import summarise, write_summary_csv, write_summary_tex
-from pipeline.reporting.synthetic import notices, read_quality, selection_sentence, synthetic_sheets
+from pipeline.reporting.synthetic import names_of_sources, notices, read_quality, selection_sentence, short, synthetic_sheets
 from pipeline.reporting.verdict import verdict
 
 
@@ -67,6 +68,7 @@ def write_report(
     curves = [run_curve(run, artifacts.models, "training.csv", COLUMNS) for run in runs]
     steps = [run_curve(run, artifacts.models, "steps.csv", STEP_COLUMNS) for run in runs]
     stores, quality = artifacts.stores(), read_quality(artifacts.judge)
+    names = names_of_sources(stores["synthetic"].origin)
     classes = stores["real"].classes
     histogram = margin_histogram(artifacts.margins, histogram_bins, len(classes))
     costs = strategy_costs(artifacts, params, groups, len(classes))
@@ -83,6 +85,7 @@ def write_report(
         groups=groups,
         summary=summary,
         passes_per_second=passes_per_second,
+        source_names=names,
         notices=notices(stores["synthetic"].origin),
         verdict=[*verdict(groups, confidence), *sentences(differences)],
         flags=flag_sentences(runs),
@@ -92,8 +95,8 @@ def write_report(
             *(figures.kept_scatter(runs, styles, metric) for metric in ("robust", "clean")),
         ],
         data=[
-            figures.margin_figure(histogram, manifests, styles, eps),
-            figures.class_figure(histogram, classes, manifests, styles),
+            figures.margin_figure(histogram, manifests, styles, eps, names),
+            figures.class_figure(histogram, classes, manifests, styles, names),
             figures.eps_figure(eps_shares, styles),
             figures.reasons_figure(manifests),
             *generator_figures(artifacts.generator),
@@ -102,15 +105,17 @@ def write_report(
         perceptron=perceptron,
         perceptron_rows=perceptron_figures(perceptron, styles),
         styles=styles,
-        sheets=contact_sheets(artifacts, groups, contact_sheet_images) if contact_sheet_images else {},
+        sheets=contact_sheets(artifacts, groups, contact_sheet_images, names) if contact_sheet_images else {},
         num_without_margin=histogram.num_missing,
         margin_quality=margin_quality(artifacts.margins),
-        margin_sentences=quality_sentences(artifacts.margins),
+        margin_sentences=quality_sentences(artifacts.margins, names),
         synthetic_quality=quality,
         selection=selection_sentence(stores["synthetic"].origin),
-        synthetic_sheets=synthetic_sheets(stores, quality, contact_sheet_images) if contact_sheet_images else [],
+        synthetic_sheets=synthetic_sheets(stores, quality, contact_sheet_images, names["synthetic"])
+        if contact_sheet_images
+        else [],
         digests=digests(artifacts, runs),
-        provenance=provenance(artifacts, params, runs),
+        provenance=provenance(artifacts, params, runs, names),
     )
     with publish(target) as work:
         write_summary_csv(work / "summary.csv", summary)
@@ -119,7 +124,7 @@ def write_report(
         write_differences_tex(work / "differences.tex", differences)
         tables.write_results(work / "results.csv", runs, confidence)
         tables.write_means(work / "metrics.json", runs)
-        tables.write_plots(work / "plots", runs, curves, steps, histogram)
+        tables.write_plots(work / "plots", runs, curves, steps, histogram, names)
         (work / "report.html").write_text(render(page))
 
 
@@ -133,17 +138,20 @@ def generator_figures(generator: Path) -> list[figures.Figure]:
     return [figures.generator_figure(read_curve(path, "generator", ("step", "loss")))] if path.is_file() else []
 
 
-def contact_sheets(artifacts: Artifacts, groups: Mapping[str, Sequence[Run]], count: int) -> dict[str, list[Sheet]]:
-    """Sheets by strategy; "" holds those that do not depend on one."""
+def contact_sheets(
+    artifacts: Artifacts, groups: Mapping[str, Sequence[Run]], count: int, names: Mapping[str, str]
+) -> dict[str, list[Sheet]]:
+    """Sheets by strategy; "" holds those that do not depend on one. names: what the sources are called."""
     stores, test = artifacts.stores(), ImageStore.open(artifacts.real / "test")
     sizes = {source: len(store) for source, store in stores.items()}
     wrong = misclassified_samples(artifacts.margins, count)
-    sheets = {"": [margin_sheet("Misclassified by the margin model: lowest margins", wrong, stores, figures.PIXEL_LEVELS)]}
+    sheet_of = partial(margin_sheet, stores=stores, scale=figures.PIXEL_LEVELS, names={k: short(n) for k, n in names.items()})
+    sheets = {"": [sheet_of("Misclassified by the margin model: lowest margins", wrong)]}
     for strategy, runs in groups.items():
         pruned, low = extreme_samples(artifacts.margins, count, kept_rows(runs[0].manifest.path, sizes))
         sheets[strategy] = [
-            margin_sheet("Pruned: highest margins", pruned, stores, figures.PIXEL_LEVELS),
-            margin_sheet("Kept: lowest margins", low, stores, figures.PIXEL_LEVELS),
+            sheet_of("Pruned: highest margins", pruned),
+            sheet_of("Kept: lowest margins", low),
             failures_sheet("Test images misclassified without an attack", runs, test, count),
         ]
     return {strategy: [sheet for sheet in found if sheet.pictures] for strategy, found in sheets.items()}

@@ -12,6 +12,7 @@ from pipeline.reporting.pictures import Picture, Sheet, encode
 from pipeline.reporting.runs import read_made
 
 MAX_CLASSES = 20
+STAND_IN = "stand-in (left-out real)"
 METRICS = {  # key in quality.json -> (name, whether it is a share)
     "frechet_distance": ("Fréchet distance to the training images, lower is better", False),
     "density": ("density, about 1 for real images", False),
@@ -56,6 +57,16 @@ def read_quality(judge: Path) -> Quality:
     return Quality(measures, synthetic["num_images"], features, by_class, closest)
 
 
+def names_of_sources(origin: Mapping[str, Any]) -> dict[str, str]:
+    """Source of training samples -> what it is called wherever it is shown; origin: of the synthetic store."""
+    return {"real": "real", "synthetic": STAND_IN if origin.get("kind") == "left_out" else "synthetic"}
+
+
+def short(name: str) -> str:
+    """For below a picture."""
+    return name.partition(" (")[0]
+
+
 def notices(origin: Mapping[str, Any]) -> list[str]:
     """What nobody who reads the results may miss about where the synthetic images come from."""
     told = []
@@ -83,21 +94,22 @@ def selection_sentence(origin: Mapping[str, Any]) -> str:
     )
 
 
-def synthetic_sheets(stores: Mapping[str, ImageStore], quality: Quality, count: int) -> list[Sheet]:
+def synthetic_sheets(stores: Mapping[str, ImageStore], quality: Quality, count: int, name: str) -> list[Sheet]:
     """The first synthetic images of every class (of the first `MAX_CLASSES`), a third of count each, and the pairs of a
-    synthetic image and its nearest training image that are closest to copies."""
+    synthetic image and its nearest training image that are closest to copies; name: what they are called."""
     store = stores["synthetic"]
     sheets = []
-    for label, name in enumerate(store.classes[:MAX_CLASSES]):
+    for label, of_class in enumerate(store.classes[:MAX_CLASSES]):
         rows = np.flatnonzero(np.asarray(store.labels) == label)[: max(1, count // 3)]
-        sheets.append(Sheet(f"Synthetic: {name}", [picture(store, int(row), f"synthetic {row}") for row in rows]))
-    pairs = [part for pair in quality.closest[: count // 2] for part in pair_of(stores, pair)]
-    sheets.append(Sheet("Synthetic images beside their nearest training images, nearest to a copy first", pairs))
+        pictures = [picture(store, int(row), f"{short(name)} {row}") for row in rows]
+        sheets.append(Sheet(f"{name.capitalize()}: {of_class}", pictures))
+    pairs = [part for pair in quality.closest[: count // 2] for part in pair_of(stores, pair, name)]
+    sheets.append(Sheet(f"{name.capitalize()} images beside their nearest training images, nearest to a copy first", pairs))
     return [sheet for sheet in sheets if sheet.pictures]
 
 
-def pair_of(stores: Mapping[str, ImageStore], pair: Mapping[str, Any]) -> list[Picture]:
-    synthetic = picture(stores["synthetic"], pair["row"], f"synthetic {pair['row']}: ratio {pair['ratio']:.2f}")
+def pair_of(stores: Mapping[str, ImageStore], pair: Mapping[str, Any], name: str) -> list[Picture]:
+    synthetic = picture(stores["synthetic"], pair["row"], f"{short(name)} {pair['row']}: ratio {pair['ratio']:.2f}")
     return [synthetic, picture(stores["real"], pair["train_row"], f"real {pair['train_row']}")]
 
 

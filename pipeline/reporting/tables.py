@@ -1,7 +1,7 @@
 """The numbers of the report as files: results.csv, metrics.json, plots/*.csv."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +51,23 @@ def means(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def write_plots(
-    directory: Path, runs: Sequence[Run], curves: Sequence[Curve], steps: Sequence[Curve], margins: MarginHistogram
+    directory: Path,
+    runs: Sequence[Run],
+    curves: Sequence[Curve],
+    steps: Sequence[Curve],
+    margins: MarginHistogram,
+    names: Mapping[str, str],
 ) -> None:
-    """accuracy.csv, training.csv, steps.csv and margins.csv for `dvc plots`."""
+    """accuracy.csv, training.csv, steps.csv and margins.csv for `dvc plots`; names: what the sources are called."""
     directory.mkdir()
     write_csv(directory / "accuracy.csv", ("strategy", "seed", "clean", "robust"), [accuracy_row(run) for run in runs])
     write_csv(directory / "training.csv", ("run", *COLUMNS), [row for curve in curves for row in curve_rows(curve)])
     write_csv(directory / "steps.csv", ("run", *STEP_COLUMNS), [row for curve in steps for row in curve_rows(curve)])
-    bins = [(s, float(x), int(n)) for s, count in margins.counts.items() for x, n in zip(margins.centres, count, strict=True)]
+    bins = [
+        (names[source], float(margin), int(number))
+        for source, count in margins.counts.items()
+        for margin, number in zip(margins.centres, count, strict=True)
+    ]
     write_csv(directory / "margins.csv", ("source", "margin", "count"), bins)
 
 

@@ -96,7 +96,7 @@ def data(tmp_path: Path) -> Path:
     data = write_run(tmp_path / "data", reference={"fgsm": 0.75})
     write_json(data / "real/test/store.json", {"origin": {"kind": "cifar10", "root": "a|b", "licence": "MIT"}})
     for place, origin in {"real/train": {"kind": "cifar10", "licence": "MIT"}, "synthetic": {"kind": "npz", "seed": 3}}.items():
-        (data / place).mkdir(parents=True)
+        (data / place).mkdir(parents=True, exist_ok=True)
         write_json(data / place / "store.json", {"origin": origin})
     description = read_json(data / "models/puma-0/best/model.json") | {
         "threat": {"norm": "linf", "eps": "8/255"}, "seed": 0, "train": {"steps": 1200},

@@ -1,8 +1,11 @@
 """The export of a small WideResNet, loaded as RobustBench loads it."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from pipeline.models.checkpoint import load_model, save_model
 from pipeline.params import InputError
 from tests.test_models import published_shapes, wide_forward
 
-PAPER = Paper("Some2024Thing_WRN-16-2", "A title", "A. Author", "https://example.org", "", "cifar10")
+PAPER = Paper("Some2024Thing_WRN-16-2", "A title", "A. Author", "https://example.org", "", "cifar10", licence="MIT")
+NPZ = {"kind": "npz"}
 STANDARD = {"apgd-ce": 0.7, "apgd-t": 0.673149, "fab-t": 0.673149, "square": 0.673149}
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
 
@@ -26,11 +30,20 @@ def export(data: Path, run: str, paper: Paper | None, target: Path) -> list[str]
     return export_model(data, run, "robustbench", target, paper=paper)
 
 
-def write_run(data: Path, architecture: str = "wideresnet", shape: tuple[int, ...] = (32, 32, 3), **changes: Any) -> Path:
+def write_run(
+    data: Path,
+    architecture: str = "wideresnet",
+    shape: tuple[int, ...] = (32, 32, 3),
+    origin: Mapping[str, Any] = NPZ,
+    **changes: Any,
+) -> Path:
     arguments = {"depth": 16, "width": 2} if architecture == "wideresnet" else {}
     net = build_network(ModelParams(architecture=architecture, arguments=arguments), (32, 32, 3), 10, seed=0).eval()
     description = {"architecture": architecture, "arguments": arguments, "shape": list(shape), "classes": list("0123456789")}
-    folder = data / "models" / "puma-0" / "best"
+    folder, store = data / "models" / "puma-0" / "best", data / "synthetic" / "store.json"
+    store.parent.mkdir(parents=True)
+    write_json(store, {"origin": origin})
+    description["inputs"] = {"synthetic": digest_file(store)}
     save_model(folder, Classifier(net, MEAN, STD), description)
     metrics = {
         "strategy": "puma", "norm": "linf", "eps": "8/255", "num_examples": 10_000, "clean": 0.9244, "robust": 0.673149,
@@ -78,6 +91,46 @@ def test_the_issue_has_the_claims_and_the_entry_of_the_model_zoo(tmp_path: Path)
     assert "DMWideResNet(num_classes=10, depth=16, width=2," in text
     assert "mean=(0.49" in text
     assert "To be done" not in text
+
+
+@pytest.mark.parametrize(
+    ("paper", "architecture", "checked"),
+    [
+        (PAPER, "wideresnet", [False, False, True, False]),
+        (replace(PAPER, model_zoo=True, licence="https://example.org/terms"), "wideresnet", [True, False, False, True]),
+        (replace(PAPER, licence=""), "preactresnet", [False, True, False, False]),
+    ],
+)
+def test_the_issue_has_the_boxes_of_the_template_and_checks_what_holds(
+    tmp_path: Path, paper: Paper, architecture: str, checked: list[bool]
+) -> None:
+    points = export(write_run(tmp_path / "data", architecture), "puma-0", paper, tmp_path / "out")
+    text = (tmp_path / "out/issue.md").read_text()
+    zoo = text[text.index("# Model Zoo:") :]
+    boxes = re.findall(r"^- \[( |x)\] (.*)$", zoo, re.MULTILINE)
+    assert [mark == "x" for mark, _ in boxes] == checked
+    words = ("to the Model Zoo", "an architecture that is **not** included", "under MIT license", "custom license")
+    assert all(word in box for word, (_, box) in zip(words, boxes, strict=True))
+    assert boxes[3][1].endswith(": https://example.org/terms" if checked[3] else ": ")
+    assert any("give --licence" in point for point in points) is (not paper.licence)
+
+
+def test_a_stand_in_is_not_called_synthetic(tmp_path: Path) -> None:
+    points = export(write_run(tmp_path / "data", origin={"kind": "left_out"}), "puma-0", PAPER, tmp_path / "out")
+    assert points == [
+        "a stand-in: 20,000,000 real images that ingest left out were used in the place of synthetic ones, so it is no model "
+        "of synthetic data"
+    ]
+    (info,) = (tmp_path / "out/model_info").rglob("*.json")
+    assert json.loads(info.read_text())["footnote"] == ""
+    assert "| stand-in (left-out real) | 20,000,000 |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_synthetic_images_of_unknown_origin_are_an_open_point(tmp_path: Path) -> None:
+    data = write_run(tmp_path / "data")
+    write_json(data / "synthetic" / "store.json", {"origin": {"kind": "edm"}})  # not those it was trained on
+    (point,) = export(data, "puma-0", PAPER, tmp_path / "out")
+    assert point.startswith("where its synthetic images come from is not on record")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +183,7 @@ def test_the_command_says_where_it_wrote_and_what_is_missing(tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         *(f"to be done: give --{n}" for n in ("title", "authors", "link")),
+        "to be done: give --licence: mit, or where another one can be read; that of the training images may bind it",
         "wrote robustbench",
     ]
     assert (tmp_path / "robustbench/issue.md").is_file()

@@ -58,7 +58,7 @@ def test_misclassified_samples_are_wrong_and_lowest_first(made: Path) -> None:
 def test_a_sheet_shows_the_pixels_and_says_what_they_are(made: Path) -> None:
     stores = {"real": ImageStore.open(made / "real" / "train"), "synthetic": ImageStore.open(made / "synthetic")}
     found = misclassified_samples(made / "margins", 1)
-    (picture,) = margin_sheet("wrong", found, stores, 255).pictures
+    (picture,) = margin_sheet("wrong", found, stores, 255, dict(zip(SOURCES, SOURCES, strict=True))).pictures
     source, row = SOURCES[found["source"][0]], int(found["row"][0])
     np.testing.assert_array_equal(np.asarray(decode(picture.uri)), stores[source].batch(np.array([row]))[0, :, :, 0])
     assert picture.note == f"{source} {row}: −{255 * -found['margin'][0]:.2f}"

@@ -1,12 +1,15 @@
 """What the report says of the synthetic images."""
 
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from plotly.offline import get_plotlyjs
 
 from pipeline.artifacts import read_json, write_json
+from pipeline.csv_tables import read_csv
 from pipeline.images import ImageStore
 from pipeline.params import InputError
 from pipeline.reporting.report import write_report
@@ -54,6 +57,20 @@ def test_a_stand_in_is_named_before_the_first_result_and_without_a_judgement_the
     assert 'id="synthetic-quality"' not in page
 
 
+def test_a_stand_in_is_called_synthetic_nowhere_but_in_paths_and_parameters(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(made, root)
+    header = read_json(root / "synthetic" / "store.json")
+    write_json(root / "synthetic" / "store.json", header | {"origin": {"kind": "left_out"}})
+    page = page_of(root, tmp_path / "report").replace(get_plotlyjs(), "")
+    assert '"name":"stand-in (left-out real)"' in page
+    shown = page[: page.index('<section id="provenance">')] + page[page.index('<script type="application/json"') :]
+    shown = re.sub(r'<div class="short notice".*?</div>', "", shown, flags=re.DOTALL)  # it says what they are
+    assert re.findall(r"[^>\n]*synthetic[^<\n]*", shown, re.IGNORECASE) == ['<table id="synthetic-quality">']
+    rows = read_csv(tmp_path / "report" / "plots" / "margins.csv", ["source"])
+    assert {row["source"] for row in rows} == {"real", "stand-in (left-out real)"}
+
+
 def test_a_licence_is_told_and_a_plain_generator_needs_no_notice() -> None:
     assert notices({"kind": "edm"}) == []
     (told,) = notices({"kind": "edm", "licence": "CC BY-NC-SA 4.0"})
@@ -78,7 +95,7 @@ def test_a_selection_is_told_with_its_cost(made: Path, tmp_path: Path) -> None:
 
 def test_sheets_show_every_class_and_the_pairs_that_are_nearest_to_copies(made: Path) -> None:
     stores = {"real": ImageStore.open(made / "real" / "train"), "synthetic": ImageStore.open(made / "synthetic")}
-    *classes, pairs = synthetic_sheets(stores, read_quality(made / "judge"), 6)
+    *classes, pairs = synthetic_sheets(stores, read_quality(made / "judge"), 6, "synthetic")
     assert [sheet.title for sheet in classes] == [f"Synthetic: {name}" for name in CLASSES]
     assert [[picture.note for picture in sheet.pictures] for sheet in classes] == [
         [f"synthetic {label}", f"synthetic {label + 3}"] for label in range(3)
