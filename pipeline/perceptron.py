@@ -229,29 +229,32 @@ def teacher_and_probe(rng: np.random.Generator, dimension: int, angle_deg: float
     return teacher, np.cos(angle) * teacher + np.sin(angle) * across / np.linalg.norm(across)
 
 
-def teach(
-    rule: Rule,
-    num_kept: int,
-    num_pool: int,
-    *,
-    dimension: int,
-    eps: float,
-    weight_decay: float,
-    probe_angle_deg: float,
-    seed: tuple[int, int],
-) -> tuple[float, float, bool]:
-    """Clean and robust accuracy of one student, and whether it collapsed to zero weights.
+@dataclass(frozen=True)
+class Pool:
+    """One seed's teacher (d,), its samples z = y x (n, d) and the signed margins (n,) that rules prune by."""
 
-    Equal seeds mean equal teachers and pools that begin alike, whatever the rule and the sizes.
-    """
-    rng = np.random.default_rng(seed)
-    teacher, probe = teacher_and_probe(rng, dimension, probe_angle_deg)
-    x = rng.standard_normal((num_pool, dimension))
-    z = x * np.sign(x @ teacher)[:, None]
-    margin = z @ probe
+    teacher: Floats
+    z: Floats
+    margin: Floats
+
+    @classmethod
+    def draw(cls, num_samples: int, *, dimension: int, probe_angle_deg: float, seed: tuple[int, int]) -> "Pool":
+        """Equal seeds mean equal teachers and pools that begin alike."""
+        rng = np.random.default_rng(seed)
+        teacher, probe = teacher_and_probe(rng, dimension, probe_angle_deg)
+        z = rng.standard_normal((num_samples, dimension))
+        z *= np.sign(z @ teacher)[:, None]
+        return cls(teacher, z, z @ probe)
+
+
+def teach(
+    rule: Rule, num_kept: int, num_pool: int, pool: Pool, *, eps: float, weight_decay: float, seed: tuple[int, int]
+) -> tuple[float, float, bool]:
+    """Clean and robust accuracy of a student of num_kept of the first num_pool samples, and whether it collapsed to zero."""
+    margin = pool.margin[:num_pool]
     kept = choose(rule, margin, num_kept, np.random.default_rng((*seed, 1)))
-    w = train_student(z[kept], allowed_eps(rule, margin[kept], eps), weight_decay)
-    return *accuracies(w, teacher, eps), not w.any()
+    w = train_student(pool.z[kept], allowed_eps(rule, margin[kept], eps), weight_decay)
+    return *accuracies(w, pool.teacher, eps), not w.any()
 
 
 def learning_curves(
@@ -270,15 +273,19 @@ def learning_curves(
     Raises:
         InputError: an alpha keeps no sample.
     """
-    points = []
-    for (name, fraction), alpha in product(settings(fractions), alphas):
-        num_kept = round(alpha * dimension)
-        if num_kept < 1:
-            raise InputError(f"perceptron.alphas: {alpha:g} keeps no sample in {dimension} dimensions; raise one of them")
-        num_pool = round(num_kept / (1 - fraction))
-        student = partial(teach, RULES[name], num_kept, num_pool, dimension=dimension, eps=eps, weight_decay=weight_decay)
-        with threadpool_limits(1):  # L-BFGS's own algebra is tiny: threads make it several times slower
-            students = [student(probe_angle_deg=probe_angle_deg, seed=(seed, index)) for index in range(num_seeds)]
-        clean, robust, collapsed = np.array(students, dtype=np.float64).T
-        points.append(Point(name, fraction, alpha, num_kept, num_pool, clean, robust, int(collapsed.sum())))
-    return points
+    if round(min(alphas) * dimension) < 1:
+        raise InputError(f"perceptron.alphas: {min(alphas):g} keeps no sample in {dimension} dimensions; raise one of them")
+    wanted = list(product(settings(fractions), alphas))
+    sizes = [(round(alpha * dimension), round(round(alpha * dimension) / (1 - fraction))) for (_, fraction), alpha in wanted]
+    students = np.empty((len(wanted), 3, num_seeds))
+    with threadpool_limits(1):  # L-BFGS's own algebra is tiny: threads make it several times slower
+        for index in range(num_seeds):
+            own = (seed, index)
+            pool = Pool.draw(max(num for _, num in sizes), dimension=dimension, probe_angle_deg=probe_angle_deg, seed=own)
+            for place, (((name, _), _), (kept, num)) in enumerate(zip(wanted, sizes, strict=True)):
+                student = teach(RULES[name], kept, num, pool, eps=eps, weight_decay=weight_decay, seed=own)
+                students[place, :, index] = student
+    return [
+        Point(name, fraction, alpha, *size, clean, robust, int(collapsed.sum()))
+        for ((name, fraction), alpha), size, (clean, robust, collapsed) in zip(wanted, sizes, students, strict=True)
+    ]

@@ -12,6 +12,7 @@ from pipeline.reporting.figures import Figure, Style, axis, line, numbers, perce
 SHARES = ("rule", "fraction", "exact", "monte_carlo", "standard_error")
 CURVES = ("rule", "fraction", "alpha", "clean_mean", "clean_std", "robust_mean", "robust_std")
 Row = Mapping[str, str]
+MOST_TICKS = 8  # of alpha, which three panels side by side have room for
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Perceptron:
     """What the perceptron stage found."""
 
     conclusions: list[str]
+    exact: list[str]
     against_none: list[str]
     shares: list[dict[str, str]]
     curves: list[dict[str, str]]
@@ -41,7 +43,7 @@ def read_perceptron(path: Path) -> Perceptron:
     """
     content = read_json(path / "perceptron.json")
     try:
-        found = content["conclusions"], content["against_none"]
+        found = content["conclusions"], content["exact"], content["against_none"]
     except KeyError as error:
         raise InputError(f"{path}/perceptron.json: wanted the key {error}; run `dvc repro -f perceptron`") from None
     return Perceptron(*found, read_csv(path / "shares.csv", SHARES), read_csv(path / "curves.csv", CURVES))
@@ -90,14 +92,14 @@ def learning_figure(perceptron: Perceptron, styles: Mapping[str, Style], metric:
         hover = f"{rule}<br>alpha %{{x}}<br>{metric} %{{y:.3f}}<extra></extra>"
         values = column(rows, "alpha"), column(rows, f"{metric}_mean")
         data.append(line(rule, styles[rule], *values, mode="lines+markers", marker=marker, error_y=bars, hovertemplate=hover))
+    alphas = sorted({float(row["alpha"]) for row in perceptron.curves})
     if metric == "robust":
-        alphas = column(perceptron.curves, "alpha")
-        limit = {"x": [min(alphas), max(alphas)], "y": [perceptron.ceiling] * 2, "line": {"dash": "dot", "width": 1.5}}
+        limit = {"x": [alphas[0], alphas[-1]], "y": [perceptron.ceiling] * 2, "line": {"dash": "dot", "width": 1.5}}
         told = "no student can be more robust<br>%{y:.3f}<extra></extra>"
         data.append({"type": "scatter", "mode": "lines", "name": "limit", "showlegend": False, "hovertemplate": told, **limit})
     lows = [float(row[f"{metric}_mean"]) - float(row[f"{metric}_std"]) for row in perceptron.curves]
     highs = [float(row[f"{metric}_mean"]) + float(row[f"{metric}_std"]) for row in perceptron.curves]
-    ticks = sorted({float(row["alpha"]) for row in perceptron.curves})
+    ticks = alphas[:: 1 + len(alphas) // (MOST_TICKS + 1)]
     layout = {
         "xaxis": axis("alpha = kept samples / dimension", type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks]),
         "yaxis": percent(f"{metric} accuracy", range=[min(lows) - 0.02, max(highs) + 0.02]),
