@@ -4,6 +4,8 @@ PyTorch is only imported where there are tensors: stages that have none start wi
 """
 
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +43,13 @@ class Checkpoint:
             save_tensors(tensors, work, outline)
         else:
             save_file({}, work, outline)
+        with work.open("rb") as file:
+            os.fsync(file.fileno())
         work.replace(self.path)
         self.last = time.monotonic()
 
     def load(self) -> Tree | None:
-        """The saved state, tensors on the CPU; None if there is none or the file is damaged."""
+        """The saved state, tensors on the CPU; None if there is none, or it is damaged, which is said."""
         if not self.path.is_file():
             return None
         try:
@@ -56,7 +60,8 @@ class Checkpoint:
             from safetensors.torch import load_file
 
             return put_tensors(outline, load_file(self.path))
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError):
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            print(f"{self.path}: damaged ({error}); starting anew", file=sys.stderr, flush=True)
             return None
 
 

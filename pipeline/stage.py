@@ -2,11 +2,12 @@
 
 import ctypes
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -22,14 +23,60 @@ def run(main: Callable[..., None]) -> None:
     app.command()(main)
     end_with_parent()
     with one_line_errors():
+        interruption.listen()
         app()
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int | None = None) -> None:
     """Ask the kernel for SIGTERM when the parent dies: `dvc` that is killed leaves its stage behind, and the next run would
-    be a second writer of the same files. (Elsewhere than on Linux this does nothing.)"""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    be a second writer of the same files. Ends at once if it is dead already; parent is its process, where that is known.
+    (Elsewhere than on Linux this does nothing.)"""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != (parent or interruption.parent) or was_adopted():
+        sys.exit(128 + signal.SIGTERM)
+
+
+def was_adopted() -> bool:
+    """Whether this process has lost its parent: that of any process but the leader of a session is of the same session."""
+    try:
+        return os.getsid(0) != os.getpid() and os.getsid(os.getppid()) != os.getsid(0)
+    except ProcessLookupError:
+        return True
+
+
+class Interruption:
+    """What asks this process to end: Ctrl-C, SIGTERM, SIGHUP, or the death of its parent."""
+
+    def __init__(self) -> None:
+        self.came, self.parent = False, os.getppid()
+
+    def listen(self) -> None:
+        """Make the signals raise KeyboardInterrupt. (A shell has what it starts in the background ignore SIGINT.)"""
+        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(kind) != signal.SIG_IGN:
+                signal.signal(kind, self.handle)
+
+    def handle(self, *_: Any) -> None:
+        """The first signal counts: a killed dvc sends one for each of its threads, and the second must not break off the
+        clean-up."""
+        self.came = True
+        for kind in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(kind, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """For loops that wait: Python drops a KeyboardInterrupt that comes while it runs a destructor.
+
+        Raises:
+            KeyboardInterrupt: one came, or the parent is gone.
+        """
+        if self.came or os.getppid() != self.parent:
+            raise KeyboardInterrupt
+
+
+interruption = Interruption()
 
 
 @contextmanager

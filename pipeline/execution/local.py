@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
-from pipeline.execution.progress import progress
-from pipeline.execution.settings import StageExecution
+from pipeline.execution.progress import Report, progress
+from pipeline.execution.settings import FROZEN, ExecutionSection, StageExecution, settings
 from pipeline.execution.store import RunStore
 from pipeline.execution.worker import WORKER, run_task
 from pipeline.params import InputError
+from pipeline.stage import interruption
 
 
 def run_local(store: RunStore, tasks: list[str], resources: StageExecution) -> None:
@@ -24,31 +26,39 @@ def run_local(store: RunStore, tasks: list[str], resources: StageExecution) -> N
     for name in missing:
         label = store.stage if len(tasks) == 1 else f"{store.stage} {name}"
         if resources.ranks > 1:
-            run_ranks(store, name, resources.ranks)
+            run_ranks(store, name, resources.ranks, settings())
             continue
         with progress(label) as draw:
-            run_task(store, name, draw)
+            run_task(store, name, interruptible(draw))
 
 
-def run_ranks(store: RunStore, name: str, ranks: int) -> None:
+def interruptible(draw: Report) -> Report:
+    """draw, which also ends the task whose interruption got lost."""
+
+    def report(done: int, total: int, figures: dict[str, float] | None = None) -> None:
+        interruption.check()
+        draw(done, total, figures)
+
+    return report
+
+
+def run_ranks(store: RunStore, name: str, ranks: int, execution: ExecutionSection) -> None:
     """One task in several processes of this machine; the others end when one fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", WORKER, str(store.path), name]
+    shared[FROZEN] = execution.model_dump_json()
+    command = [sys.executable, "-m", WORKER, str(store.path), name, str(os.getpid())]
     children = [subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
     try:
-        while any(child.poll() is None for child in children):
-            if any(child.poll() for child in children):
-                break
-            try:
-                next(child for child in children if child.poll() is None).wait(0.2)
-            except subprocess.TimeoutExpired:
-                continue
+        while all(child.poll() in (None, 0) for child in children) and any(child.poll() is None for child in children):
+            interruption.check()
+            time.sleep(0.2)
     finally:
         for child in children:
-            child.kill() if child.poll() is None else None
+            child.kill()
+        for child in children:
             child.wait()
     if not store.is_done(name):
         told = store.error(name)

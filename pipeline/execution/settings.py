@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LOCAL_FILE = Path("execution.local.yaml")
 VARIABLE = "PUMA_EXECUTION"
+FROZEN = "PUMA_FROZEN_EXECUTION"  # in jobs and ranks: the whole section as JSON, whatever the files have become
 
 Placement = Literal["auto", "device", "memmap"]
 
@@ -95,7 +96,9 @@ class StageParameters(StageParams):
 
 def settings(params_file: Path = PARAMS_FILE, local_file: Path = LOCAL_FILE) -> ExecutionSection:
     """The `execution` section of params.yaml, overridden key by key by a git-ignored execution.local.yaml, and that by the
-    variable PUMA_EXECUTION, a YAML mapping such as "{backend: local}"."""
+    variable PUMA_EXECUTION, a YAML mapping such as "{backend: local}". A job has those of its submission."""
+    if FROZEN in os.environ:
+        return ExecutionSection.model_validate_json(os.environ[FROZEN])
     execution = dict((read_yaml(params_file).get("execution") or {}) if params_file.is_file() else {})
     if local_file.is_file():
         execution |= read_yaml(local_file)

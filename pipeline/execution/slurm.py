@@ -16,31 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 from submitit.helpers import DelayedSubmission
 
 from pipeline.execution.distributed import export_slurm_ranks, process_group
 from pipeline.execution.progress import Watch
-from pipeline.execution.settings import ExecutionSection, StageExecution
+from pipeline.execution.settings import FROZEN, ExecutionSection, StageExecution
+from pipeline.execution.stage_run import StillRunningError
 from pipeline.execution.store import RunStore
 from pipeline.execution.worker import run_task
 from pipeline.params import InputError
+from pipeline.stage import interruption
 
 MAX_RETRIES = 2  # of a task that makes no progress in between
 MAX_TIMEOUTS = 3  # how often a job that reaches its time limit puts itself back into the queue
 DEAD_AFTER = 2  # looks at the queue without the job: a finished task may become visible late on a network disk
+MAX_REFUSALS = 10  # of sbatch, one after the other, for reasons that pass
+TRANSIENT = re.compile("(?i)timed out|contact|connect|temporarily|try again|zero bytes were transmitted")
 
 
-class StillRunningError(InputError):
-    """`wait: false`: jobs are in the queue, and nobody waits for them."""
-
-    exit_status = 75  # EX_TEMPFAIL: try again later
-
-
+@dataclass(frozen=True)
 class TaskJob:
-    """What submitit calls in a job. On a signal before the end (time limit, preemption where the site sends one) the job
-    goes back into the queue; its checkpoint is on the disk already."""
+    """What submitit calls in a job, with the settings of the moment when it was submitted. On a signal before the end (time
+    limit, preemption where the site sends one) the job goes back into the queue; its checkpoint is on the disk already."""
+
+    execution: str
 
     def __call__(self, run: str, task: str) -> None:
+        os.environ[FROZEN] = self.execution
         export_slurm_ranks()
         store = RunStore(Path(run))
         os.chdir(store.description()["root"])
@@ -59,7 +62,7 @@ class Attempt:
     watched: bool = False
     unseen: int = 0
     vain: int = 0
-    done: float = -1.0
+    done: float = 0.0
     failure: str | None = None
 
 
@@ -72,6 +75,7 @@ class Controller:
     resources: StageExecution
     execution: ExecutionSection
     attempts: dict[str, Attempt] = field(init=False)
+    refusals: int = 0
 
     def run(self) -> None:
         """Return when all tasks are done.
@@ -81,14 +85,14 @@ class Controller:
         """
         self.attempts = {name: Attempt() for name in self.tasks}
         self.cancel_unrecorded()
-        attached = [job for job in self.store.jobs().values() if job in queue(self.store.job_name)]
-        if attached:
+        if attached := sorted(set(self.store.jobs().values()) & set(queue(self.store.job_name))):
             print(f"{self.store.stage}: re-attached to {len(attached)} jobs, {attached[0]} and following", flush=True)
         looks = 0
         with Watch(self.store, self.tasks) as watch:
             while not self.look(watch):
+                self.end_if_cancelled()
                 looks += 1
-                if not self.execution.wait and looks >= DEAD_AFTER:
+                if not self.execution.wait and looks >= DEAD_AFTER and not self.refusals:
                     raise StillRunningError(
                         f"{self.store.stage}: submitted; run the same command again to go on when the jobs have ended "
                         f"(`python -m pipeline status` shows them)"
@@ -97,6 +101,8 @@ class Controller:
 
     def look(self, watch: Watch) -> bool:
         """Look at the queue once and submit what must be; whether all tasks are done."""
+        interruption.check()
+        self.end_if_cancelled()
         live = queue(self.store.job_name)  # before the markers: a job that ends in between has left one
         recorded = self.store.jobs()
         missing = [name for name in self.tasks if not self.store.is_done(name)]
@@ -122,10 +128,16 @@ class Controller:
         attempt.unseen += 1
         if attempt.unseen < DEAD_AFTER:
             return False
+        told = self.store.error(name)
         if attempt.watched:
             attempt.failure = self.final_cause(name, job, attempt)
-        elif told := self.store.error(name).get("message"):  # died before this controller began: has a new chance
-            print(f"{self.store.stage} {name}: job {job} had failed, submitting again; it said: {told}", flush=True)
+        elif not self.execution.wait and told.get("job") == job and not told.get("reported"):
+            attempt.failure = str(told["message"])
+        else:  # died before this controller began: has a new chance
+            why = f"had failed, it said: {told['message']}" if told else f"had died as {job_state(job) or 'unknown to SLURM'}"
+            print(f"{self.store.stage} {name}: job {job} {why}; submitting again", flush=True)
+        if attempt.failure and told:
+            self.store.set_reported(name)
         return attempt.failure is None
 
     def final_cause(self, name: str, job: str, attempt: Attempt) -> str | None:
@@ -154,23 +166,51 @@ class Controller:
             return
         names = names[: max_array_size()]
         executor = make_executor(self.store, self.resources, min(room, len(names)))
-        run = str(self.store.path)
-        if len(names) == 1:
-            jobs = [executor.submit(TaskJob(), run, names[0])]
-        else:
-            jobs = executor.map_array(TaskJob(), [run] * len(names), names)
+        run, job = str(self.store.path), TaskJob(self.execution.model_dump_json())
+        try:
+            jobs = executor.map_array(job, [run] * len(names), names) if names[1:] else [executor.submit(job, run, *names)]
+        except FailedJobError as error:
+            self.excuse(" ".join(str(error).split()))
+            return
+        self.refusals = 0
         self.store.record({name: job.job_id for name, job in zip(names, jobs, strict=True)})
         for name in names:
             self.attempts[name].watched, self.attempts[name].unseen = True, 0
+
+    def excuse(self, told: str) -> None:
+        """After sbatch failed: the next look tries again, if that may help. SLURM may have taken the jobs all the same.
+
+        Raises:
+            InputError: it will not.
+        """
+        self.refusals += 1
+        if not TRANSIENT.search(told) or self.refusals > MAX_REFUSALS:
+            raise InputError(
+                f"{self.store.stage}: sbatch refused its jobs: {told}; correct `execution` (partition, account, qos, time, "
+                f"memory, extra; `sinfo` lists the partitions) and run the same command again: what is done is kept"
+            )
+        print(f"{self.store.stage}: sbatch failed: {told}; trying again", file=sys.stderr, flush=True)
+        self.cancel_unrecorded()
 
     def cancel_unrecorded(self) -> None:
         """Cancel jobs of this run that a controller submitted but was killed before it could write them down."""
         recorded = set(self.store.jobs().values())
         if unknown := [job for job in queue(self.store.job_name) if job not in recorded]:
             print(f"{self.store.stage}: cancelling {len(unknown)} jobs whose submission was not recorded", flush=True)
-            slurm("scancel", *unknown)
-            while set(unknown) & set(queue(self.store.job_name)):
-                time.sleep(0.5)
+            self.cancel(unknown)
+
+    def end_if_cancelled(self) -> None:
+        """Raise an InputError if `python -m pipeline cancel` asks for the end, once no job is left."""
+        if self.store.cancelled.exists():
+            self.cancel(list(queue(self.store.job_name)))
+            raise InputError(f"{self.store.stage}: cancelled; what is done is kept, run the same command again to go on")
+
+    def cancel(self, jobs: list[str]) -> None:
+        """Return when SLURM has ended the jobs."""
+        if jobs:
+            slurm("scancel", *jobs)
+        while set(jobs) & set(queue(self.store.job_name)):
+            time.sleep(0.5)
 
 
 def make_executor(store: RunStore, resources: StageExecution, parallel: int) -> submitit.SlurmExecutor:
@@ -215,17 +255,25 @@ def slurm(*command: str) -> str:
     return result.stdout
 
 
+def queue_now(*names: str) -> dict[str, str]:
+    """State of every job of these names that is not over, by id (14, or 14_0 in an array).
+
+    Raises:
+        InputError: SLURM does not answer.
+    """
+    lines = slurm("squeue", "--me", "-h", "-r", "--name", ",".join(names), "-o", "%i|%T|%r").splitlines()
+    return {job: state if state != "PENDING" else f"PENDING ({why})" for job, state, why in (x.split("|") for x in lines)}
+
+
 def queue(name: str) -> dict[str, str]:
-    """State of every job of that name that is not over, by id (14, or 14_0 in an array). While SLURM does not answer for
-    a moment, this waits."""
+    """As `queue_now`, for the controller: while SLURM does not answer for a moment, this waits."""
     for wait_s in (1, 2, 4, 8, 15, 30, 60, 60, 60, 60):
         try:
-            lines = slurm("squeue", "-h", "-r", "--name", name, "-o", "%i|%T|%r").splitlines()
+            return queue_now(name)
         except InputError as error:
             print(f"{error}; trying again in {wait_s} s", file=sys.stderr, flush=True)
             time.sleep(wait_s)
-            continue
-        return {job: state if state != "PENDING" else f"PENDING ({why})" for job, state, why in (x.split("|") for x in lines)}
+            interruption.check()
     raise InputError("squeue does not answer; the jobs go on, run the same command again to re-attach")
 
 

@@ -2,10 +2,12 @@
 
 run.json      stage, target, params, tasks with their functions and arguments; written before the first of them starts
 lock          held by the one controller
+cancelled     asks it to end the jobs and itself
 code/         the modules that jobs on a cluster run
 jobs.jsonl    every submission: job, task
 work/<task>/  checkpoints, progress.json, owner.json, error.json
-tasks/<task>/ the output of a finished task, moved there in one rename
+tasks/<task>/ the output of a finished task, moved there in one rename; kept after publication, until another run of the
+              stage is published, as DVC still has to hash the result (its files are the published ones, where links can be)
 live/         <task>.csv: figures and images per second of a task as it goes
 logs/         what jobs print
 """
@@ -16,6 +18,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,9 +47,9 @@ def digest_artifact(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def run_key(stage: str, target: Path, params: dict[str, Any], inputs: list[Path]) -> str:
-    """What the result of a run is a function of: its params, its inputs and the code of its stage."""
-    code = {path: digest_file(PROJECT / path) for path in code_deps(stage, PROJECT)}
+def run_key(stage: str, target: Path, params: dict[str, Any], inputs: list[Path], copy: Path = PROJECT) -> str:
+    """What the result of a run is a function of: its params, its inputs and the code of its stage, as it is in a copy."""
+    code = {path: digest_file(copy / path) for path in code_deps(stage, PROJECT) if (copy / path).is_file()}
     known = {"target": target.name, "params": params, "inputs": [digest_artifact(path) for path in inputs], "code": code}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -67,13 +70,19 @@ class RunStore:
 
     @property
     def job_name(self) -> str:
-        return f"{self.stage}-{self.key}"
+        """Of all jobs of this run, and of no other: two clones of a project have runs with the same key."""
+        return f"{self.stage}-{self.key}-{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:8]}"
 
     def work(self, task: str) -> Path:
         return self.path / "work" / task
 
     def output(self, task: str) -> Path:
         return self.path / "tasks" / task
+
+    @property
+    def cancelled(self) -> Path:
+        """The file whose presence asks the controller to end the jobs of the run and itself."""
+        return self.path / "cancelled"
 
     def live(self, task: str) -> Path:
         return self.path / "live" / f"{task}.csv"
@@ -101,6 +110,10 @@ class RunStore:
         """message and job of the error that a task ended with last; empty if there was none."""
         return read_state(self.work(task) / "error.json") or {}
 
+    def set_reported(self, task: str) -> None:
+        """Note that somebody was told the error of a task."""
+        write_json(self.work(task) / "error.json", self.error(task) | {"reported": True})
+
     def owner(self, task: str) -> dict[str, Any]:
         """Who works on a task, or did last, since when; empty if nobody has."""
         return read_state(self.work(task) / "owner.json") or {}
@@ -108,14 +121,15 @@ class RunStore:
     def jobs(self) -> dict[str, str]:
         """The latest job of every task that was submitted."""
         file = self.path / "jobs.jsonl"
-        if not file.is_file():
-            return {}
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be cut off
-        return {entry["task"]: entry["job"] for entry in map(json.loads, lines)}
+        entries = map(parse_record, file.read_text(errors="replace").splitlines() if file.is_file() else [])
+        return {entry["task"]: entry["job"] for entry in entries if entry}
 
     def record(self, jobs: dict[str, str]) -> None:
         """Append submissions, task -> job, and force them to the disk."""
-        with (self.path / "jobs.jsonl").open("a") as file:
+        path = self.path / "jobs.jsonl"
+        cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write("\n" if cut_off else "")
             file.writelines(json.dumps({"job": job, "task": task, "time": time.time()}) + "\n" for task, job in jobs.items())
             file.flush()
             os.fsync(file.fileno())
@@ -127,13 +141,26 @@ class RunStore:
         target = self.output(task)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not self.is_done(task):
+            shutil.rmtree(target, ignore_errors=True)  # what is there is not finished
             output.rename(target)
 
-    def clear(self) -> None:
-        """Free the outputs and checkpoints of a run whose result is published; its description and logs stay."""
-        for name in ("tasks", "work", "code"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+    def set_published(self) -> None:
+        """Note that the result is published and free the checkpoints of the run. The outputs of its tasks stay, those of
+        earlier runs of the stage go."""
         write_json(self.path / "run.json", self.description() | {"published": time.time()})
+        self.remove("work", "code")
+        for path in self.path.parent.iterdir():
+            other = RunStore(path)
+            if path != self.path and "published" in other.description() and not other.is_locked():
+                other.remove("tasks", "work", "code")
+
+    def remove(self, *names: str) -> None:
+        """Remove folders of the run. They are renamed first, so that nobody takes one that is half removed for whole."""
+        for name in names:
+            if (self.path / name).exists():
+                (self.path / name).rename(self.path / f".{name}.{uuid.uuid4().hex}.removed")
+        for path in self.path.glob(".*.removed"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def snapshot_code(self) -> Path:
         """A copy of the project's modules, so that jobs run the code they were submitted with."""
@@ -149,16 +176,24 @@ class RunStore:
         return target
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the only controller of the run; a second one waits."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{self.stage}: another process runs it; waiting for that to end", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def locked(self) -> Iterator[bool]:
+        """Be the only controller of the run; a second one waits. Yields whether this one did."""
+        waited = False
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with (self.path / "lock").open("a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"{self.stage}: another process runs it; waiting for that to end", flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    waited = True
+                now = self.path / "lock"
+                if not now.is_file() or not os.path.samestat(now.stat(), os.fstat(file.fileno())):
+                    continue  # `gc` removed the run meanwhile
+                self.cancelled.unlink(missing_ok=True)
+                yield waited
+                return
 
     def is_locked(self) -> bool:
         """Whether a controller is at work."""
@@ -170,6 +205,15 @@ class RunStore:
             except BlockingIOError:
                 return True
             return False
+
+
+def parse_record(line: str) -> dict[str, str] | None:
+    """A line of jobs.jsonl; None if it was cut off."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) and {"task", "job"} <= set(entry) else None
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

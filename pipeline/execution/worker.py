@@ -22,6 +22,7 @@ from pipeline.execution.progress import Report
 from pipeline.execution.settings import settings
 from pipeline.execution.store import RunStore, read_state
 from pipeline.params import InputError
+from pipeline.stage import end_with_parent
 
 PROGRESS_EVERY_S = 2.0
 WORKER = "pipeline.execution.worker"
@@ -63,12 +64,15 @@ class Owner:
         note = {"token": self.token, "host": socket.gethostname(), "pid": os.getpid(), "job": job_id(), "started": time.time()}
         write_json(self.file, note)
 
+    def is_present(self) -> bool:
+        return (read_state(self.file) or {}).get("token") == self.token
+
     def check(self) -> None:
         """
         Raises:
             SupersededError: another process has taken the task since.
         """
-        if (read_state(self.file) or {}).get("token") != self.token:
+        if not self.is_present():
             raise SupersededError(f"{self.file.parent.name}: taken over by another job; this one ends without writing")
 
 
@@ -110,7 +114,7 @@ def run_task(store: RunStore, name: str, draw: Report | None = None) -> None:
     except SupersededError as error:
         print(error, file=sys.stderr)
     except Exception as error:
-        if first and not is_restart(error):
+        if owner and owner.is_present() and not is_restart(error):
             told = str(error) if isinstance(error, InputError) else "".join(traceback.format_exception(error))
             write_json(work / "error.json", {"message": told, "expected": isinstance(error, InputError), "job": job_id()})
         raise
@@ -167,8 +171,9 @@ def file_report(work: Path, draw: Report | None) -> Report:
     return report
 
 
-def main(run: str, task: str) -> None:
+def main(run: str, task: str, parent: str) -> None:
     """As a process of its own: one of several ranks."""
+    end_with_parent(int(parent))
     description = RunStore(Path(run)).description()
     os.chdir(description["root"])
     with process_group():

@@ -205,11 +205,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60.0, *, quietly: bool = False) -> None:
+def wait_for(
+    condition: Callable[[], object],
+    what: str,
+    timeout_s: float = 180.0,
+    *,
+    quietly: bool = False,
+    tell: Callable[[], str] = str,
+) -> None:
+    """tell says, when time is up, how things stand."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             if quietly:
                 return
-            raise TimeoutError(f"{what}: not within {timeout_s:.0f} s")
+            raise TimeoutError(f"{what}: not within {timeout_s:.0f} s\n{tell()}")
         time.sleep(0.1)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class ToySection(Section):
     steps: int
     step_s: float
     fail: int = -1
+    die: int = -1
+    stall: int = -1
 
 
 class ToyParams(StageParams):
@@ -42,10 +45,17 @@ class ToyParams(StageParams):
 def count(task: Task, source: Path, index: int) -> None:
     """Add up numbers, a step at a time, and leave a trace of every step."""
     import os
+    import signal
 
     toy = ToyParams.model_validate_json(task.params).toy
     if index == toy.fail:
         raise RuntimeError("this task is wrong")
+    if index == toy.die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if index == toy.stall:
+        for kind in (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
+            signal.signal(kind, signal.SIG_IGN)
+        time.sleep(1000)
     state = task.checkpoint.load() or {"step": 0, "sum": 0}
     while state["step"] < toy.steps:
         time.sleep(toy.step_s)
@@ -122,9 +132,13 @@ class Toy:
             subprocess.run(command, cwd=path, check=True)
         self.set()
 
-    def set(self, *, tasks: int = 3, steps: int = 8, step_s: float = 0.25, fail: int = -1, **execution: Any) -> None:
+    def set(
+        self, *, tasks: int = 3, steps: int = 8, step_s: float = 0.25, fail: int = -1, die: int = -1, stall: int = -1,
+        **execution: Any,
+    ) -> None:  # fmt: skip
+        """fail, die and stall are the tasks that do so."""
         settings = {"backend": "slurm", "poll_s": 0.5, "checkpoint_s": 0, "timeout_min": 30, "cpus_per_task": 1, **execution}
-        toy = {"tasks": tasks, "steps": steps, "step_s": step_s, "fail": fail}
+        toy = {"tasks": tasks, "steps": steps, "step_s": step_s, "fail": fail, "die": die, "stall": stall}
         (self.path / "params.yaml").write_text(json.dumps({"toy": toy, "execution": settings}))
 
     @property
@@ -166,8 +180,30 @@ class Toy:
     def output(self, child: subprocess.Popen[bytes]) -> str:
         return (self.path / f"output{self.started.index(child)}").read_text()
 
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        wait_for(condition, what, tell=self.describe)
+
     def until_said(self, child: subprocess.Popen[bytes], text: str) -> None:
-        wait_for(lambda: text in self.output(child), repr(text))
+        self.until(lambda: text in self.output(child), repr(text))
+
+    def describe(self) -> str:
+        """What the commands printed, and what those that still run are about."""
+        told = [f"{self.cluster.jobs()}"]
+        for child in self.started:
+            told.append(f"==> {child.args!r}: {child.poll()}\n{self.output(child)}")
+            told += [about(pid) for pid in ([child.pid, *descendants(child.pid)] if child.poll() is None else [])]
+        return "\n".join(told)
+
+    def stage_of(self, child: subprocess.Popen[bytes]) -> int:
+        """The process of the stage that child, a dvc, runs."""
+        found: list[int] = []
+
+        def find() -> bool:
+            found[:] = [pid for pid in descendants(child.pid) if "stages.toy" in words_of(pid)]
+            return bool(found)
+
+        self.until(find, "the stage")
+        return found[0]
 
     def run(self, command: str = "exec python -m stages.toy source.txt out", status: int = 0) -> str:
         return self.finish(self.start(command), status)
@@ -192,7 +228,7 @@ class Toy:
         return [(int(a), int(b), int(c)) for a, b, c in (line.split() for line in lines)]
 
     def until_steps(self, count: int) -> None:
-        wait_for(lambda: len(self.trace()) >= count, f"{count} steps")
+        self.until(lambda: len(self.trace()) >= count, f"{count} steps")
 
     def check_result(self, tasks: int = 3, steps: int = 8) -> None:
         """The published sums are those of the closed form."""
@@ -204,6 +240,37 @@ class Toy:
         """No step was made twice by two processes: every task went on where it was."""
         made = [(task, step) for task, step, _ in self.trace()]
         assert sorted(made) == [(task, step) for task in range(tasks) for step in range(1, steps + 1)]
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below pid."""
+    parents: dict[int, int] = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):  # not every kernel has /proc/PID/task/TID/children
+        with suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for above in found:
+        found += [child for child, parent in parents.items() if parent == above]
+    return found[1:]
+
+
+def words_of(pid: int) -> list[str]:
+    """The command line of a process; none if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
+def about(pid: int) -> str:
+    """What the kernel says of a process."""
+    told = []
+    for name in ("status", "wchan"):
+        try:
+            told.append(Path(f"/proc/{pid}/{name}").read_text())
+        except OSError as error:
+            told.append(f"{name}: {error}")
+    return "\n".join([f"-- {pid} {words_of(pid)}", *told])
 
 
 @pytest.fixture
