@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from pipeline.artifacts import place_all, publish
+from pipeline.artifacts import place_all
 from pipeline.edm import save_generator, save_no_generator
 from pipeline.edm.importing import place_imported
 from pipeline.edm.network import NetworkParams, build_unet
 from pipeline.edm.training import GeneratorTrainingParams, start, train_generator
-from pipeline.execution import Task, device, stage_run
+from pipeline.execution import Task, device, guarded_publish, stage_run
 from pipeline.images import ImageStore
 from pipeline.params import Section, StageParams
 from pipeline.stage import run
@@ -62,7 +62,7 @@ def main(train_path: Path, generator_path: Path) -> None:
     params = GeneratorParams.load()
     section = params.generator
     if not isinstance(section, EdmGeneratorSection):
-        with publish(generator_path) as work:
+        with guarded_publish("generator", params, [train_path], generator_path) as work:
             if isinstance(section, ImportedGeneratorSection):
                 place_imported(Path(section.path), work, ImageStore.open(train_path), section.digest)
             else:

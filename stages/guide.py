@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.artifacts import place_all, publish, write_json
-from pipeline.execution import Task, device, placement, stage_run
+from pipeline.artifacts import place_all, write_json
+from pipeline.execution import Task, device, guarded_publish, placement, stage_run
 from pipeline.images import ImageStore
 from pipeline.models.checkpoint import import_model
 from pipeline.params import Section, StageParams
@@ -42,7 +42,7 @@ def fit(task: Task, train_path: Path) -> None:
 def main(train_path: Path, guide_path: Path) -> None:
     params = GuideParams.load()
     if not isinstance(params.guide, TrainedModel):
-        with publish(guide_path) as work:
+        with guarded_publish("guide", params, [train_path], guide_path) as work:
             if isinstance(params.guide, ImportedModel):
                 import_model(Path(params.guide.path), work / "best", ImageStore.open(train_path))
             write_json(work / "guide.json", {"kind": params.guide.kind})

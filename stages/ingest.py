@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from pipeline.artifacts import publish
+from pipeline.execution import guarded_publish
 from pipeline.ingest import ingest_split
 from pipeline.params import Section, StageParams
 from pipeline.sources import SourceParams, open_source
@@ -29,10 +29,11 @@ class IngestParams(StageParams):
 
 def main(real_path: Path) -> None:
     """Write real_path/train and real_path/test, both or neither."""
-    ingest = IngestParams.load().ingest
+    params = IngestParams.load()
+    ingest = params.ingest
     source = open_source(ingest.source)
     limits = {"train": ingest.max_train, "test": ingest.max_test}
-    with publish(real_path) as work:
+    with guarded_publish("ingest", params, [], real_path) as work:
         for name in source.splits:
             ingest_split(
                 work / name,

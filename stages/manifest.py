@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.artifacts import publish
+from pipeline.execution import guarded_publish
 from pipeline.manifest import write_manifest
 from pipeline.params import StageParams
 from pipeline.pruning import Strategy
@@ -19,7 +19,7 @@ class ManifestParams(StageParams):
 
 def main(margins_path: Path, manifest_path: Path) -> None:
     params = ManifestParams.load(strategy=manifest_path.name)
-    with publish(manifest_path) as work:
+    with guarded_publish("manifest", params, [margins_path], manifest_path, strategy=manifest_path.name) as work:
         write_manifest(work, margins_path, params.strategy, params.threat.eps)
 
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.artifacts import place_all, publish
-from pipeline.execution import Task, device, placement, stage_run
+from pipeline.artifacts import place_all
+from pipeline.execution import Task, device, guarded_publish, placement, stage_run
 from pipeline.images import ImageStore
 from pipeline.models.checkpoint import import_model
 from pipeline.params import StageParams
@@ -35,7 +35,7 @@ def main(train_path: Path, synthetic_path: Path, model_path: Path) -> None:
     params = MarginModelParams.load()
     section = params.margin_model
     if isinstance(section, ImportedModel):
-        with publish(model_path) as work:
+        with guarded_publish("margin_model", params, [train_path, Path(section.path)], model_path) as work:
             import_model(Path(section.path), work / "best", ImageStore.open(train_path))
         return
     with stage_run("margin_model", params, [train_path, synthetic_path], model_path) as this:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.execution import guarded_publish
 from pipeline.params import StageParams
 from pipeline.perceptron import PerceptronSection, learning_curves, measure_shares
 from pipeline.perceptron_conclusions import write_perceptron
@@ -15,11 +16,13 @@ class PerceptronParams(StageParams):
 
 
 def main(perceptron_path: Path) -> None:
-    params = PerceptronParams.load().perceptron
-    rng = np.random.default_rng([params.seed])
-    shares = measure_shares(rng, **params.model_dump(include={"dimension", "eps", "fractions", "num_examples"}))
-    points = learning_curves(**params.model_dump(exclude={"num_examples"}))
-    write_perceptron(perceptron_path, params.model_dump(mode="json"), shares, points)
+    params = PerceptronParams.load()
+    section = params.perceptron
+    with guarded_publish("perceptron", params, [], perceptron_path) as work:
+        rng = np.random.default_rng([section.seed])
+        shares = measure_shares(rng, **section.model_dump(include={"dimension", "eps", "fractions", "num_examples"}))
+        points = learning_curves(**section.model_dump(exclude={"num_examples"}))
+        write_perceptron(work, section.model_dump(mode="json"), shares, points)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipeline.edm.selecting import (
     pilot_thresholds,
     scorer,
 )
-from pipeline.execution import Task, device, stage_run
+from pipeline.execution import Task, device, guarded_publish, stage_run
 from pipeline.images import ImageStore, join_stores, write_store
 from pipeline.models.checkpoint import describe, load_model
 from pipeline.params import InputError, Section, StageParams
@@ -160,7 +160,8 @@ def main(train_path: Path, generator_path: Path, guide_path: Path, synthetic_pat
     section, train = params.synthesize, ImageStore.open(train_path)
     source, rows, rule = section.source, section.shard_rows, section.select
     if not isinstance(source, EdmSourceParams):
-        write_given(synthetic_path, read(source, train), train, rows)
+        with guarded_publish("synthesize", params, [train_path], synthetic_path) as work:
+            write_given(work, read(source, train), train, rows)
         return
     origin = origin_of(source, load_generator(generator_path, CPU, classes=train.classes, shape=train.shape))
     inputs, tasks = [train_path, generator_path, guide_path], shards(source.num_images, rows)
