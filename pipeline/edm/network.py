@@ -3,6 +3,7 @@
 Parameters carry the names of the published networks (map_layer0, enc.32x32_block0.conv0, ...), so that their tensors fit.
 """
 
+import copy
 import math
 from typing import Annotated
 
@@ -108,14 +109,15 @@ class UNet(nn.Module):
         embedding = self.embed(noise, labels, generator)
         first, *encoder = self.enc.values()
         *decoder, last_norm, last_conv = self.dec.values()
-        x = first(x)
+        assert isinstance(first, nn.Conv2d)
+        x = first(x.to(first.weight.dtype))
         skips = [x]
         for block in encoder:
             x = block(x, embedding, generator)
             skips.append(x)
         for block in decoder:
             x = block(torch.cat([x, skips.pop()], dim=1) if block.joins else x, embedding, generator)
-        output: Tensor = last_conv(F.silu(last_norm(x)))
+        output: Tensor = last_conv(silu(last_norm(x)))
         return output
 
     def embed(self, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -130,7 +132,7 @@ class UNet(nn.Module):
         # sqrt(K): a one-hot vector of K classes then has the mean square 1 that the initialisation expects
         labelled = self.map_label(one_hot * math.sqrt(self.num_classes))
         embedding = positions(noise, self.position_channels) + labelled
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
+        return silu(self.map_layer1(silu(self.map_layer0(embedding))))
 
 
 class Block(nn.Module):
@@ -162,13 +164,13 @@ class Block(nn.Module):
         self.proj = conv(outputs, outputs, 1, gain=0) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor, generator: torch.Generator | None) -> Tensor:
-        h = self.conv0(self.resample(F.silu(self.norm0(x))))
-        condition = self.affine(embedding)[:, :, None, None]
+        h = self.conv0(self.resample(silu(self.norm0(x))))
+        condition = self.affine(embedding).to(h.dtype)[:, :, None, None]
         if self.adaptive_scale:
             scale, shift = condition.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+            h = silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
-            h = F.silu(self.norm1(h + condition))
+            h = silu(self.norm1(h + condition))
         h = self.conv1(drop(h, self.dropout, generator))
         x = self.resample(x)
         x = (h + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
@@ -185,10 +187,27 @@ class Block(nn.Module):
         assert self.qkv is not None
         assert self.proj is not None
         # published layout of the 3 C channels: query, key and value of channel 0, then those of channel 1, ...
-        q, k, v = self.qkv(self.norm2(x)).flatten(2).unflatten(1, (-1, 3)).permute(2, 0, 3, 1).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape)
+        q, k, v = (
+            self.qkv(self.norm2(x)).flatten(2).unflatten(1, (-1, 3)).permute(2, 0, 3, 1)[:, :, None].contiguous().unbind(0)
+        )
+        # the fused kernels want an axis for the heads
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)
         result: Tensor = (x + self.proj(mixed)) * SKIP_SCALE
         return result
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), in the memory of x where no gradient is wanted."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def in_bf16(net: UNet) -> UNet:
+    """A copy that computes in bfloat16, and the embeddings of noise levels and labels in float32."""
+    low = copy.deepcopy(net)
+    for layer in low.modules():
+        if isinstance(layer, nn.Conv2d | nn.GroupNorm):
+            layer.to(torch.bfloat16)
+    return low
 
 
 def positions(noise: Tensor, channels: int) -> Tensor:

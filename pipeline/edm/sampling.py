@@ -7,14 +7,15 @@ from typing import Annotated, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from pipeline.edm.network import UNet
+from pipeline.edm.network import UNet, in_bf16
 from pipeline.edm.preconditioning import Network, guided_denoise
 from pipeline.images import Chunk, Images
 from pipeline.params import InputError, Section
 
+BLOCK = 32  # images that the network sees at once on a CPU
 Draw = Callable[[NDArray[np.int64], NDArray[np.int64]], Images]  # rows (B,), labels (B,) -> images
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W) float64, sigma ()) -> expected clean x, float64
 
@@ -47,15 +48,16 @@ class SamplerParams(Section):
 class EdmSourceParams(Section):
     """How many images to draw from the generator of the `generator` stage, and how.
 
-    How sums are rounded depends on how many images the network sees at once and on the number of CPU threads (measured: up
-    to 1e-5, which can move a rare pixel by one of its 256 values). So `batch_size` is part of the result: an image is given
-    by (seed, row, batch_size), whatever the number of images or the shards they are made in.
+    On a CPU an image is given by (seed, row), bit for bit, whatever `batch_size`, the number of images, shards or ranks. (1 and
+    2 threads were measured to give the same; another number may round sums in another way.) On a GPU the network sees
+    `batch_size` images at once, and another number changes how sums are rounded (about 1e-5 in [-1, 1], which moves a rare
+    pixel by one of its 256 values): there an image is given by (seed, row, batch_size), whatever the number of images or shards.
     """
 
     kind: Literal["edm"]
     num_images: PositiveInt
     batch_size: PositiveInt
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
     sampler: SamplerParams = SamplerParams()
 
 
@@ -108,43 +110,76 @@ def sample_images(
 ) -> Iterator[Chunk]:
     """The synthetic images of rows [start, stop) and their labels, row % number of classes, at most batch_size at a time.
 
-    The network always sees the rows [k batch_size, (k + 1) batch_size) together, and what was not asked for is cut off.
+    On a GPU the network always sees the rows [k batch_size, (k + 1) batch_size) together, and what was not asked for is cut
+    off.
 
     Raises:
         InputError: guidance with a network that never saw images without their labels.
     """
-    draw = image_sampler(net, seed, sigma_data, sampler)
+    draw, alone = image_sampler(net, seed, sigma_data, sampler), on_cpu(net)
     for first in range(start - start % batch_size, stop, batch_size):
-        rows = np.arange(first, first + batch_size)
         wanted = slice(max(start - first, 0), min(stop - first, batch_size))
+        rows = np.arange(first, first + batch_size)
+        if alone:
+            rows, wanted = rows[wanted], slice(None)
         labels = rows % net.num_classes
         yield draw(rows, labels)[wanted], labels[wanted]
         if progress is not None:
             progress(min(first + batch_size, stop) - start, stop - start)
 
 
+def on_cpu(net: UNet) -> bool:
+    """Whether an image does not depend on those that it is drawn with."""
+    return next(net.parameters()).device.type == "cpu"
+
+
+def blocks(rows: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Positions in rows (n,) as blocks (m, size) in which each row has the place row % size; -1 where a place is empty."""
+    place = rows % size
+    order = np.argsort(place, kind="stable")
+    counts = np.bincount(place, minlength=size)
+    table = np.full((counts.max(), size), -1)
+    table[np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts), place[order]] = order
+    return table
+
+
 def image_sampler(net: UNet, seed: int, sigma_data: float, sampler: SamplerParams) -> Draw:
-    """A function of rows (B,), which name the noise, and labels (B,): their images (B, H, W, C) uint8, as one batch."""
+    """A function of rows (B,), which name the noise, and labels (B,): their images (B, H, W, C) uint8.
+
+    On a GPU they are one batch. On a CPU sums are rounded in another way for another number of images, and perhaps for another
+    place among them: there the network sees blocks of one size in which a row has one place; empty places hold zeros.
+    """
     if sampler.guidance_scale != 1 and not net.label_dropout:
         raise InputError(
             f"synthesize.source.sampler.guidance_scale: wanted 1, got {sampler.guidance_scale:g}: the network was trained "
             "without label dropout; set generator.network.label_dropout, such as 0.1"
         )
     device = next(net.parameters()).device
-    network: Network = torch.compile(net) if sampler.compile else net
+    exact = in_bf16(net) if sampler.bf16 else net
+    network: Network = torch.compile(exact) if sampler.compile else exact
     sigmas = sigma_schedule(sampler.num_steps, sampler.sigma_min, sampler.sigma_max, sampler.rho)
 
     @torch.inference_mode()
-    def draw(rows: NDArray[np.int64], classes: NDArray[np.int64]) -> Images:
-        noise = torch.from_numpy(np.stack([image_noise(seed, row, net.shape) for row in rows])).to(device)
+    def draw_batch(noise: NDArray[np.float64], classes: NDArray[np.int64]) -> Images:
         labels = torch.from_numpy(classes).to(device)
 
         def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
             levels = sigma.to(device, torch.float32).expand(len(x))
             x = x.float().contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=sampler.bf16):
-                return guided_denoise(network, x, levels, labels, sigma_data, sampler.guidance_scale).double()
+            return guided_denoise(network, x, levels, labels, sigma_data, sampler.guidance_scale).double()
 
-        return to_uint8(heun(denoiser, noise, sigmas))
+        return to_uint8(heun(denoiser, torch.from_numpy(noise).to(device), sigmas))
+
+    def draw(rows: NDArray[np.int64], classes: NDArray[np.int64]) -> Images:
+        noise = np.stack([image_noise(seed, row, net.shape) for row in rows])
+        if not on_cpu(net):
+            return draw_batch(noise, classes)
+        images = np.empty((len(rows), *net.shape), np.uint8)
+        for block in blocks(rows, BLOCK):
+            here = np.flatnonzero(block >= 0)
+            padded, labels = np.zeros((BLOCK, *noise.shape[1:])), np.zeros(BLOCK, np.int64)
+            padded[here], labels[here] = noise[block[here]], classes[block[here]]
+            images[block[here]] = draw_batch(padded, labels)[here]
+        return images
 
     return draw

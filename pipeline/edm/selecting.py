@@ -145,21 +145,22 @@ class Selector:
         self, start: int, stop: int, batch_size: int, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[Chunk]:
         """As `sample_images`: rows [start, stop) with the labels row % number of classes. Row r is the first accepted one of
-        the images named by r, r + ATTEMPT, r + 2 ATTEMPT, ..., whatever the number of images or the shards.
+        the images named by r, r + ATTEMPT, r + 2 ATTEMPT, ..., whatever the number of images or the shards; no other row is
+        drawn. (The guide's scores are rounded in another way among other images, so that a score within about 1e-6 of its
+        threshold could fall on either side of it.)
 
         Raises:
             InputError: a row is not accepted in max_attempts.
         """
         num_classes = len(self.thresholds)
-        for first in range(start - start % batch_size, stop, batch_size):
-            rows = np.arange(first, first + batch_size)
+        for first in range(start, stop, batch_size):
+            rows = np.arange(first, min(first + batch_size, stop))
             labels = rows % num_classes
             images, attempts = self.fill(rows, labels)
-            wanted = slice(max(start - first, 0), min(stop - first, batch_size))
-            self.attempts.append(attempts[wanted])
-            yield images[wanted], labels[wanted]
+            self.attempts.append(attempts)
+            yield images, labels
             if progress is not None:
-                progress(min(first + batch_size, stop) - start, stop - start)
+                progress(int(rows[-1]) + 1 - start, stop - start)
 
     def fill(self, rows: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[Images, NDArray[np.int64]]:
         """The accepted images of one batch of rows (B,) and how often each was drawn (B,)."""

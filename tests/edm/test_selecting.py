@@ -1,5 +1,6 @@
 """Selection while drawing, with drawn images whose score is written in their pixels."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,23 @@ def test_rows_do_not_depend_on_the_shards() -> None:
         values, _, tries = selected(start, stop, cuts=[128])
         assert values.tolist() == whole[start:stop].tolist()
         assert tries.tolist() == attempts[start:stop].tolist()
+
+
+@pytest.mark.parametrize("borders", [(0, 20), (0, 7, 20), (0, 8, 16, 20), (0, 3, 5, 19, 20)])
+def test_all_that_is_drawn_is_counted_and_belongs_to_a_row_that_is_wanted(borders: tuple[int, ...]) -> None:
+    named: list[int] = []
+
+    def noted(rows: NDArray[np.int64], labels: Labels) -> Images:
+        named.extend(rows.tolist())
+        return drawn(rows, labels)
+
+    attempts = []
+    for start, stop in pairwise(borders):
+        selector = Selector(noted, brightness, [128], 1000)
+        list(selector.images(start, stop, 8))
+        attempts += selector.attempts
+    assert len(named) == np.concatenate(attempts).sum() > 20
+    assert np.bincount(np.array(named) % ATTEMPT).tolist() == np.concatenate(attempts).tolist()
 
 
 def test_a_row_that_is_never_accepted_ends_in_an_error_that_names_its_class() -> None:
