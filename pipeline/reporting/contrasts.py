@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pipeline.csv_tables import write_csv
 from pipeline.params import InputError
-from pipeline.pruning import ConstantEps, Strategy
+from pipeline.pruning import Strategy
 from pipeline.reporting.intervals import Difference, bonferroni
+from pipeline.reporting.rules import CONSTANT, plain
 from pipeline.reporting.summary import tex_name, write_tex
-from pipeline.reporting.verdict import METRICS, TOLD, Groups, Metric, difference, join
+from pipeline.reporting.verdict import METRICS, MOST_NAMES, TOLD, Groups, Metric, difference, join
 
 Pair = tuple[str, str]  # strategy, baseline
-CONSTANT = ConstantEps()
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,6 @@ def is_baseline(baseline: Strategy, strategy: Strategy) -> bool:
     return theirs in (Strategy(), unpruned, unlowered)
 
 
-def plain(strategy: Strategy) -> Strategy:
-    """The same without the settings that say how to prune where nothing is pruned."""
-    if strategy.score is not None:
-        return strategy
-    return strategy.model_copy(
-        update={name: getattr(Strategy(), name) for name in ("prune", "keep", "per_class", "budget", "seed")}
-    )
-
-
 def check_pairs(pairs: Sequence[Pair], names: Sequence[str]) -> None:
     """Raise an `InputError` unless each pair is of two different names."""
     for pair in pairs:
@@ -85,12 +76,12 @@ def measure(pairs: Sequence[Pair], groups: Groups, strategies: Mapping[str, Stra
 
 
 def sentences(contrasts: Sequence[Contrast]) -> list[str]:
-    """For each accuracy which of the contrasts are supported."""
+    """For each accuracy which of the contrasts are supported, or how many where a sentence has no room for them."""
     told = []
     for metric in ("robust", "clean") if contrasts else ():
         parts = [part for sign in (1, -1) for part in supported(contrasts, metric, sign)]
         count = sum(getattr(contrast, metric).sign != 0 for contrast in contrasts)
-        which = f": {'; '.join(parts)}" if parts else ""
+        which = f": {'; '.join(parts)}" if 0 < len(parts) <= MOST_NAMES else ", see the table below" if parts else ""
         told.append(f"Planned contrasts of {metric} accuracy: {count} of {len(contrasts)} told apart{which}.")
     return told
 

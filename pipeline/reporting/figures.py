@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.pruning import Strategy
 from pipeline.reporting.curves import Curve, Floats
 from pipeline.reporting.distributions import MarginHistogram
+from pipeline.reporting.rules import PERCEPTRON, rule_of
 from pipeline.reporting.runs import Manifest, Run, by_strategy
 
 MAX_CLASS_TICKS = 50  # more class names than this cannot be read
 PIXEL_LEVELS = 255  # margins and eps are drawn in 1/255 of the pixel range
 
 # All with a contrast of at least 3 on the light and on the dark page.
-GREYS = {"none": "#7b8794", "random": "#a67c52"}
+GREYS = {PERCEPTRON["none"]: "#7b8794", PERCEPTRON["random"]: "#a67c52"}
 COLOURS = ("#2f7de1", "#e0622b", "#12998a", "#d13d6f", "#8b5fd3", "#8c8a1c", "#3f9b3f", "#c053b8", "#1b93c4", "#b5493a")
 SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "triangle-down": "▼", "star": "★"}
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -46,14 +48,22 @@ class Figure:
     layout: dict[str, Any]
 
 
-def styles_of(names: Iterable[str]) -> dict[str, Style]:
-    """Name -> style: the baselines in their greys, the others in the order of the names."""
-    others = [name for name in dict.fromkeys(names) if name not in GREYS]
-    colours = GREYS | {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(others)}
-    return {
-        name: Style(colours[name], list(SYMBOLS)[index % len(SYMBOLS)], DASHES[index // len(COLOURS) % len(DASHES)])
-        for index, name in enumerate(dict.fromkeys(names))
-    }
+def styles_of(strategies: Mapping[str, Strategy], others: Iterable[str]) -> dict[str, Style]:
+    """Name -> style. A rule has one colour, the baselines their greys, and symbol and dash tell its strategies apart. The
+    others, rules of the perceptron, look like the first strategy of their rule where there is one."""
+    members: dict[Strategy, list[str]] = {}
+    for name, strategy in strategies.items():
+        members.setdefault(rule_of(strategy), []).append(name)
+    for name in others:
+        members.setdefault(PERCEPTRON[name], [name])
+    coloured = [rule for rule in members if rule not in GREYS]
+    styles = {}
+    for order, (rule, names) in enumerate(members.items()):
+        turn, colour = divmod(coloured.index(rule), len(COLOURS)) if rule in coloured else (0, 0)
+        for place, name in enumerate(names):
+            symbol, dash = list(SYMBOLS)[(order + place) % len(SYMBOLS)], DASHES[(turn + place) % len(DASHES)]
+            styles[name] = Style(GREYS.get(rule, COLOURS[colour]), symbol, dash)
+    return {name: styles[members[PERCEPTRON[name]][0]] for name in others if name not in styles} | styles
 
 
 def numbers(values: Iterable[float]) -> list[float | None]:
@@ -82,12 +92,30 @@ def accuracy_scatter(runs: Sequence[Run], styles: Mapping[str, Style]) -> Figure
     return Figure("accuracy", "Clean and robust accuracy", "Up and to the right is better. " + SCATTER_NOTE, data, layout)
 
 
-def kept_scatter(runs: Sequence[Run], styles: Mapping[str, Style], metric: str) -> Figure:
-    """`metric`: clean or robust."""
+def kept_scatter(runs: Sequence[Run], styles: Mapping[str, Style], metric: str, strategies: Mapping[str, Strategy]) -> Figure:
+    """`metric`: clean or robust. A line joins the means of the strategies of one rule."""
     layout = {"xaxis": percent("training samples kept"), "yaxis": percent(f"{metric} accuracy")}
-    data = scatter(runs, styles, "kept", lambda run: run.manifest.kept, metric)
-    title = f"{metric.capitalize()} accuracy against data kept"
-    return Figure(f"kept-{metric}", title, "Up and to the left is better. " + SCATTER_NOTE, data, layout)
+    data = rule_lines(runs, styles, metric, strategies)
+    note = "Up and to the left is better. " + SCATTER_NOTE + (" A line joins the shares that one rule keeps." if data else "")
+    data += scatter(runs, styles, "kept", lambda run: run.manifest.kept, metric)
+    return Figure(f"kept-{metric}", f"{metric.capitalize()} accuracy against data kept", note, data, layout)
+
+
+def rule_lines(
+    runs: Sequence[Run], styles: Mapping[str, Style], metric: str, strategies: Mapping[str, Strategy]
+) -> list[dict[str, Any]]:
+    """One line for each rule of several strategies; it is hidden when all of them are."""
+    points: dict[Strategy, list[tuple[float, float, str]]] = {}
+    for name, group in by_strategy(runs).items():
+        mean = fmean(getattr(run, metric) for run in group)
+        points.setdefault(rule_of(strategies[name]), []).append((group[0].manifest.kept, mean, name))
+    lines = []
+    for found in points.values():
+        x, y, names = zip(*sorted(found), strict=True)
+        if len(names) > 1:
+            drawn = line(names[0], styles[names[0]], x, y, line={"dash": "solid", "width": 1.5}, hoverinfo="skip")
+            lines.append(drawn | {"meta": list(names)})
+    return lines
 
 
 SCATTER_NOTE = "Large: mean over the seeds, bars of one standard deviation; small: single runs."

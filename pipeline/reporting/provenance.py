@@ -1,6 +1,7 @@
 """Where the numbers come from: digests, versions, parameters and the commands that repeat them."""
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,6 +17,7 @@ COMMANDS = (
     "python -m pipeline check    # with the parameters below in params.yaml",
     "python -m pipeline repro    # or: dvc repro",
 )
+PACKAGES = ("dvc", "numpy", "plotly", "pyarrow", "scipy", "torchvision")  # pinned in constraints.txt, as all are
 
 
 def digests(artifacts: Artifacts, runs: Sequence[Run]) -> dict[str, str]:
@@ -49,7 +51,8 @@ def provenance(
     return {
         "commands": "\n".join(COMMANDS),
         "parameters": dict(params),
-        "versions": {name: ", ".join(found) for name, found in versions.items()},
+        "versions of the evaluations": {name: ", ".join(found) for name, found in versions.items()},
+        "versions of the report": {name: version(name) for name in PACKAGES},
         **{f"images: {name}": read_json(path / "store.json").get("origin", {}) for name, path in stores.items()},
         "margins": {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"},
         "perceptron": read_json(artifacts.perceptron / "perceptron.json").get("params", {}),

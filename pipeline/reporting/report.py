@@ -75,7 +75,7 @@ def write_report(
     summary = summarise(groups, costs, confidence, passes_per_second)
     differences = measure(derive(strategies) if contrasts is None else contrasts, groups, strategies, confidence)
     perceptron = read_perceptron(artifacts.perceptron)
-    styles = figures.styles_of([*strategies, *perceptron.rules])
+    styles = figures.styles_of(strategies, perceptron.rules)
     eps = radius(runs[0].eps)
     eps_shares = {manifest.strategy: eps_distribution(manifest.path, eps, histogram_bins) for manifest in manifests}
     page = Page(
@@ -92,7 +92,7 @@ def write_report(
         contrasts=differences,
         overview=[
             figures.accuracy_scatter(runs, styles),
-            *(figures.kept_scatter(runs, styles, metric) for metric in ("robust", "clean")),
+            *(figures.kept_scatter(runs, styles, metric, strategies) for metric in ("robust", "clean")),
         ],
         data=[
             figures.margin_figure(histogram, manifests, styles, eps, names),

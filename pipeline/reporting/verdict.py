@@ -11,6 +11,7 @@ from pipeline.reporting.runs import Run
 Metric = Literal["clean", "robust"]
 METRICS: tuple[Metric, ...] = ("clean", "robust")
 TOLD = {1: "higher", -1: "lower", 0: "not told apart"}  # sign of a difference -> verdict
+MOST_NAMES = 6  # of a list that can be read in a sentence
 Groups = Mapping[str, Sequence[Run]]  # strategy -> its runs, seeds in the same order
 
 
@@ -35,7 +36,8 @@ def verdict(groups: Groups, confidence: float) -> list[str]:
         lower = [name for name, found in others.items() if found.sign > 0]
         level = [name for name in others if name not in lower]
         parts = [f"Highest {metric} accuracy: {best} with {mean_of(groups[best], metric):.1%}"]
-        parts += [f"{join(lower)} {'is' if len(lower) == 1 else 'are'} lower"] if lower else []
+        named = join(lower) if len(lower) <= MOST_NAMES else f"{len(lower)} others"
+        parts += [f"{named} {'is' if len(lower) == 1 else 'are'} lower"] if lower else []
         parts += [f"{join(level)} cannot be told apart from it"] if level else []
         sentences.append("; ".join(parts) + ".")
     if len(groups) > 1:

@@ -119,6 +119,11 @@ def test_the_sentences_name_what_is_supported_and_count_the_rest(apart: list[Con
         "Planned contrasts of clean accuracy: 0 of 3 told apart.",
     ]
     assert sentences([]) == []
+    many = [replace(apart[0], strategy=f"random-{share}") for share in range(7)]
+    assert sentences(many[:6])[0].startswith(
+        "Planned contrasts of robust accuracy: 6 of 6 told apart: random-0 is lower than none;"
+    )
+    assert sentences(many)[0] == "Planned contrasts of robust accuracy: 7 of 7 told apart, see the table below."
 
 
 def test_the_table_is_one_row_per_contrast_as_csv_text_and_latex(apart: list[Contrast], tmp_path: Path) -> None:

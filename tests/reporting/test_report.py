@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -136,8 +137,15 @@ def test_the_page_shows_the_numbers_of_the_table(html: str) -> None:
     assert "AutoAttack in part: apgd-ce, apgd-t." in text
     assert "python -m pipeline repro" in text
     assert "Planned contrasts of robust accuracy: 0 of 2 told apart." in text
-    assert "puma none differs in score, keep 80.0 100.0 −10.0" in text
+    assert "puma none differs in score, keep 80.0 100.0 not told apart −10.0" in text
     assert "The 2 intervals of clean accuracy hold together with 95% (each with 97.5%)" in text
+
+
+def test_the_provenance_has_the_pinned_versions(html: str) -> None:
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    shown = html[html.index("<summary>versions of the report</summary>") :]
+    found = json.loads(unescape(re.search(r"<pre>(.*?)</pre>", shown, re.DOTALL)[1]))  # type: ignore[index]
+    assert {"numpy", "pyarrow", "torchvision", "dvc"} <= set(found) <= set(pinned)
 
 
 def test_equal_inputs_give_equal_bytes_and_no_path_or_host(made: Path, tmp_path: Path) -> None:

@@ -90,5 +90,7 @@ def test_only_supported_differences_are_called_lower(made: Path) -> None:
     told = verdict(one_seed, 0.95)
     assert told[0] == "Highest robust accuracy: none with 75.0%; puma cannot be told apart from it."
     assert told[-1].startswith("One seed compares models, not strategies")
+    many = far | {f"puma-{share}": far["puma"] for share in range(6)}
+    assert verdict(many, 0.95)[0] == "Highest robust accuracy: none with 75.1%; 7 others are lower."
     unsteady = far | {"puma": [with_outcomes(run, rows < 120 + 160 * run.seed) for run in puma]}
     assert verdict(unsteady, 0.95)[0] == "Highest robust accuracy: none with 75.1%; puma cannot be told apart from it."
