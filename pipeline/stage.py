@@ -20,11 +20,10 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def run(main: Callable[..., None]) -> None:
     """Call main with the arguments of the command line (paths and items); `InputError` is reported without a traceback."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app.command()(one_line_errors()(main))
     end_with_parent()
-    with one_line_errors():
-        interruption.listen()
-        app()
+    interruption.listen()
+    app()
 
 
 def end_with_parent(parent: int | None = None) -> None:

@@ -9,9 +9,11 @@ import time
 from pipeline.execution.progress import Report, progress
 from pipeline.execution.settings import FROZEN, ExecutionSection, StageExecution, settings
 from pipeline.execution.store import RunStore
-from pipeline.execution.worker import WORKER, run_task
+from pipeline.execution.worker import run_task
 from pipeline.params import InputError
 from pipeline.stage import interruption
+
+RANK = "import sys; from pipeline.execution.worker import main; main(*sys.argv[1:])"
 
 
 def run_local(store: RunStore, tasks: list[str], resources: StageExecution) -> None:
@@ -49,7 +51,7 @@ def run_ranks(store: RunStore, name: str, ranks: int, execution: ExecutionSectio
         port = probe.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared[FROZEN] = execution.model_dump_json()
-    command = [sys.executable, "-m", WORKER, str(store.path), name, str(os.getpid())]
+    command = [sys.executable, "-c", RANK, str(store.path), name, str(os.getpid())]
     children = [subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
     try:
         while all(child.poll() in (None, 0) for child in children) and any(child.poll() is None for child in children):

@@ -25,7 +25,6 @@ from pipeline.params import InputError
 from pipeline.stage import end_with_parent
 
 PROGRESS_EVERY_S = 2.0
-WORKER = "pipeline.execution.worker"
 
 
 class SupersededError(Exception):
@@ -178,7 +177,3 @@ def main(run: str, task: str, parent: str) -> None:
     os.chdir(description["root"])
     with process_group():
         run_task(RunStore(Path(run)), task)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
