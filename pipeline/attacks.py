@@ -28,15 +28,17 @@ def pgd(
     step_size: Tensor,
     num_steps: int,
     start: Tensor | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Maximise loss: (B, ...) -> (B,) in each sample's own ball around x (B, ...) in [0, 1] (Madry et al.,
     arXiv:1706.06083). eps and step_size are (B,) in the pixel range; start (B, ...) are samples of the unit ball
-    (`ball.uniform`), from which each sample starts. Returns the last iterate; where eps is 0 it is exactly x.
+    (`ball.uniform`), from which each sample starts. Returns the last iterate; where eps is 0 it is exactly x. Without check,
+    which on a GPU waits for all that was computed before, x and eps must be known to be right.
 
     Raises:
         ValueError: x leaves [0, 1], or eps is negative.
     """
-    if len(x):
+    if check and len(x):
         check_attack_input(x, eps)
     x_adv = x
     if start is not None:

@@ -1,35 +1,42 @@
-"""BatchNorm by the images of all ranks, from sums that ranks and parts of a batch can add up."""
+"""BatchNorm by the images of all ranks, from moments of parts of a batch that can be merged."""
 
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.ranks import sum_over_ranks, world_size
+from pipeline.ranks import gather_over_ranks, world_size
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def moments(x: Tensor) -> Tensor:
-    """Sum and sum of squares of every channel of x (B, C, ...) and their number: (2 C + 1,), float32 at least."""
+    """Mean and sum of squared deviations from it of every channel of x (B, C, H, W), and the number of values in one:
+    (2 C + 1,), float32 at least. Without images all are 0."""
     x = x if x.dtype == torch.float64 else x.float()
-    axes = [0, *range(2, x.ndim)]
-    count = x.numel() / max(1, x.shape[1])
-    return torch.cat([x.sum(dim=axes), x.square().sum(dim=axes), x.new_tensor([count])])
+    count = x.numel() // max(1, x.shape[1])
+    # Two passes: the mean of the squares less the square of the mean loses the digits of a variance that is small beside it.
+    mean = x.sum(dim=(0, 2, 3)) / max(1, count)
+    deviations = (x - mean.view(1, -1, 1, 1)).square().sum(dim=(0, 2, 3))
+    return torch.cat([mean, deviations, mean.new_full((1,), count)])
 
 
-def mean_and_variance(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every channel (C,), from moments; the variance is that of the values at hand, not an estimate."""
-    sums, squares = total[:-1].chunk(2)
-    mean = sums / total[-1]
-    return mean, squares / total[-1] - mean.square()
+def merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), variance (C,) and number of the values that the parts (P, 2 C + 1) are the moments of (Chan, Golub & LeVeque
+    1979); the variance is that of the values at hand, not an estimate."""
+    counts = parts[:, -1:]
+    means, deviations = parts[:, :-1].chunk(2, dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(dim=0) / total
+    return mean, (deviations + counts * (means - mean).square()).sum(dim=0) / total, total
 
 
 def normalise(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """x (B, C, H, W) by the given mean and variance (C,), with gradients through both, and the weights of norm."""
+    """x (B, C, H, W) by the given mean and variance (C,), with gradients through both, and the weights of norm. Computed in
+    the precision of the variance, and returned in that of x."""
     scale = norm.weight * torch.rsqrt(var + norm.eps)
-    shift = norm.bias - mean * scale
-    return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
+    shift, scale, mean = (values.view(1, -1, 1, 1) for values in (norm.bias, scale, mean))
+    return torch.addcmul(shift, x - mean, scale).to(x.dtype)
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -39,8 +46,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        total = sum_over_ranks(moments(x))
-        mean, var = mean_and_variance(total)
+        mean, var, count = merge(gather_over_ranks(moments(x)))
         if self.track_running_stats:
             with torch.no_grad():
                 momentum = 0.1 if self.momentum is None else self.momentum
@@ -48,7 +54,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
                 assert self.running_var is not None
                 assert self.num_batches_tracked is not None
                 self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var * total[-1] / (total[-1] - 1), momentum)
+                self.running_var.lerp_(var * count / (count - 1), momentum)
                 self.num_batches_tracked += 1
         return normalise(self, x, mean, var)
 

@@ -1,10 +1,12 @@
 """Exponential moving average of a model: its weights and, in a copy of their own, its BatchNorm statistics."""
 
 import copy
+from collections.abc import Iterator
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -23,8 +25,14 @@ class EMA(Generic[Module]):
         """Move the average towards model after its update number step (from 0)."""
         since = step - self.warmup
         weight = 1.0 if since < 0 else 1 - min(self.decay, (1 + since) / (10 + since))
-        for average, value in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight)
-            else:
+        pairs = list(zip(tensors(self.model), tensors(model), strict=True))
+        moving = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in moving], [value for _, value in moving], weight)
+        for average, value in pairs:
+            if not average.is_floating_point():
                 average.copy_(value)
+
+
+def tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of model, each once: weights may have several names."""
+    return chain(model.parameters(), model.buffers())

@@ -31,13 +31,13 @@ def my_part(batch_size: int) -> NDArray[np.int64]:
     return np.arange(rank(), batch_size, world_size())
 
 
-def any_rank(condition: bool, device: torch.device) -> bool:
-    """Whether condition holds on some rank; all ranks must ask."""
+def any_rank(conditions: list[bool], device: torch.device) -> list[bool]:
+    """Whether each of the conditions holds on some rank; all ranks must ask."""
     if world_size() == 1:
-        return condition
-    flag = torch.tensor(float(condition), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+        return conditions
+    flags = torch.tensor(conditions, dtype=torch.float32, device=device)
+    dist.all_reduce(flags)
+    return [flag > 0 for flag in flags.tolist()]
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -80,3 +80,12 @@ class SumOverRanks(torch.autograd.Function):
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of x over the ranks, differentiable."""
     return x if world_size() == 1 else SumOverRanks.apply(x)
+
+
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """The x of every rank, (world_size, ...), differentiable."""
+    if world_size() == 1:
+        return x[None]
+    parts = x.new_zeros(world_size(), *x.shape)
+    parts[rank()] = x
+    return sum_over_ranks(parts)

@@ -13,7 +13,7 @@ from pipeline.images import ImageStore
 from pipeline.params import InputError
 from pipeline.training.augmentation import AugmentationParams, augment
 from pipeline.training.batch import Batch, Plan, Rows
-from pipeline.training.cutmix import mixed_labels, partners, paste, windows
+from pipeline.training.cutmix import mixed_labels, partners, paste, shares, windows
 from pipeline.training.feed import Mapped, Resident, feed, place_pools
 from pipeline.training.pools import Pool, full_pool, read_pools, split_holdout
 from pipeline.training.sampler import draw, permuted
@@ -125,7 +125,7 @@ def test_cutmix_pastes_a_window_and_mixes_labels_and_radii_by_area() -> None:
     generator = torch.Generator().manual_seed(0)
     images, others = (torch.randint(low, low + 99, (200, 8, 6, 1), dtype=torch.uint8, generator=generator) for low in (0, 100))
     edges = windows(200, 8, 6, seed=1, step=2)
-    mixed, share = paste(images, others, torch.from_numpy(edges))
+    mixed, share = paste(images, others, torch.from_numpy(edges)), shares(torch.from_numpy(edges), 8, 6)
     for image, (top, bottom, left, right) in enumerate(edges):
         expected = images[image].clone()
         expected[top:bottom, left:right] = others[image, top:bottom, left:right]

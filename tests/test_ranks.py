@@ -13,18 +13,28 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline.attacks import PGDParams
+from pipeline.balls import BALLS
 from pipeline.images import ImageStore
 from pipeline.params import InputError
 from pipeline.ranks import my_part
-from tests.conftest import ROOT
+from pipeline.training.heldout import Selector
+from tests.conftest import ROOT, untrained
 
-BATCHNORM = """
+PARTS = """
 import sys, torch
+import numpy as np
+from pathlib import Path
 from torch import nn
 from safetensors.torch import save_file
+from pipeline.attacks import PGDParams
+from pipeline.balls import BALLS
+from pipeline.images import ImageStore
 from pipeline.execution.distributed import process_group
 from pipeline.batchnorm import share_batchnorm
 from pipeline.ranks import average_gradients, rank
+from pipeline.training.heldout import Selector
+from tests.conftest import untrained
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 1, 3)).double()
 x = torch.randn(7, 2, 6, 6, dtype=torch.float64)
@@ -35,7 +45,11 @@ with process_group():
     (net(mine).square().sum() * 2).backward()   # the mean over two ranks of twice the local sums is the global sum
     average_gradients(net.parameters())
     net(x[:7] if rank() == 0 else x[:0])        # a rank without images takes part
-    save_file({**net.state_dict(), **{f"grad.{n}": p.grad for n, p in net.named_parameters()}, "x": mine.grad / 2},
+    selector = Selector(ImageStore.open(Path(sys.argv[2])), np.arange(151), PGDParams(num_steps=2, step_size_255=24),
+                        BALLS["linf"], 0.3, 20, torch.device("cpu"))
+    score = torch.tensor(selector.score(untrained()), dtype=torch.float64)
+    save_file({"score": score, **net.state_dict(),
+               **{f"grad.{n}": p.grad for n, p in net.named_parameters()}, "x": mine.grad / 2},
               f"{sys.argv[1]}-{rank()}")
 """
 
@@ -76,8 +90,10 @@ def run_ranks(code: str, count: int, *arguments: str) -> None:
     assert [child.wait(timeout=300) for child in children] == [0] * count
 
 
-def test_batchnorm_over_unequal_parts_is_that_of_the_whole_batch(tmp_path: Path) -> None:
-    run_ranks(BATCHNORM, 2, str(tmp_path / "rank"))
+def test_batchnorm_and_selection_over_unequal_parts_are_those_of_the_whole(
+    tmp_path: Path, stores: dict[str, ImageStore]
+) -> None:
+    run_ranks(PARTS, 2, str(tmp_path / "rank"), str(stores["real"].path))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 1, 3)).double()
     x = torch.randn(7, 2, 6, 6, dtype=torch.float64).requires_grad_()
@@ -85,6 +101,11 @@ def test_batchnorm_over_unequal_parts_is_that_of_the_whole_batch(tmp_path: Path)
     net(x)
     expected = {**net.state_dict(), **{f"grad.{name}": p.grad for name, p in net.named_parameters()}}
     found = [load_file(tmp_path / f"rank-{rank}") for rank in (0, 1)]
+    attack = PGDParams(num_steps=2, step_size_255=24)
+    selector = Selector(stores["real"], np.arange(151), attack, BALLS["linf"], 0.3, 151, torch.device("cpu"))
+    clean, robust = selector.score(untrained())
+    assert 0 < robust < clean
+    expected["score"] = torch.tensor([clean, robust], dtype=torch.float64)
     for name, value in expected.items():
         for part in found:
             torch.testing.assert_close(part[name], value)

@@ -21,6 +21,7 @@ from pipeline.training import TrainingParams, TrainingResult, train
 from pipeline.training.augmentation import AugmentationParams
 from pipeline.training.batch import Batch
 from pipeline.training.batchnorm import AttackNorms, first_statistics
+from pipeline.training.heldout import Selector
 from pipeline.training.loop import micro_batches
 from pipeline.training.objective import batch_loss
 from pipeline.training.optimisation import make_optimizer, make_schedule
@@ -112,7 +113,8 @@ def test_rows_of_radius_0_cost_no_attack_step(loss: str) -> None:
 def test_an_attack_moves_no_statistics_and_restores_every_module(mode: Any, attacked: list[bool]) -> None:
     model = untrained().train()
     x = torch.rand(4, 1, 8, 8)
-    norms = AttackNorms(model, mode, torch.tensor(attacked))
+    rest = (~torch.tensor(attacked)).nonzero().squeeze(1)
+    norms = AttackNorms(model, mode, rest, some_rest=len(rest) > 0)
     with norms.noting():
         model(x)
     before = copy.deepcopy(model.state_dict())
@@ -200,6 +202,22 @@ def test_bf16_gives_nearly_the_loss_and_the_gradient_of_float32(loss: str) -> No
     assert torch.cosine_similarity(gradient, other, dim=0) > 0.97
 
 
+@pytest.mark.parametrize("mode", ["batch", "clean", "running"])
+@pytest.mark.parametrize("loss", ["standard", "trades", "pgd_at", "mart"])
+@pytest.mark.parametrize("eps", [[0.1, 0.1, 0.1], [0.1, 0.0, 0.05], [0.0, 0.0, 0.0]])
+def test_a_step_never_waits_for_a_value_from_the_device(
+    loss: str, mode: str, eps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors on "meta" have no values: whatever asks for one, as a mask that picks rows does, raises an error.
+    monkeypatch.setattr("pipeline.training.objective.in_precision", lambda model, *_: model)
+    given, model = batch(eps), untrained().train().to("meta")
+    on_device = Batch(given.x.to("meta"), given.y.to("meta"), given.eps)
+    start = torch.empty_like(on_device.x)
+    params = recipe(loss=loss, attack_batchnorm=mode)
+    batch_loss(model, on_device, params, ball=BALLS["linf"], threat_eps=0.1, start=start).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_the_trades_loss_of_a_batch_of_radius_0_is_the_cross_entropy() -> None:
     model = untrained().eval()
     given = batch([0.0] * 6)
@@ -225,6 +243,19 @@ def test_ema_equals_its_closed_form_and_keeps_statistics_of_its_own() -> None:
     own, theirs = (m.get_buffer("1.running_mean") for m in (ema.model, model))
     assert own.data_ptr() != theirs.data_ptr()
     assert not torch.equal(own, theirs)
+
+
+def test_weights_with_two_names_are_averaged_once() -> None:
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    ema = EMA(nn.Sequential(first, nn.SiLU(), second), decay=0.75)
+    before = first.weight.detach().clone()
+    with torch.no_grad():
+        first.weight.add_(1)
+    ema.update(nn.Sequential(first, nn.SiLU(), second), step=1000)
+    averaged, again = (ema.model.state_dict()[f"{place}.weight"] for place in (0, 2))
+    assert averaged.data_ptr() == again.data_ptr()
+    torch.testing.assert_close(averaged, before + 0.25)
 
 
 def test_weight_decay_spares_normalisation_layers_alone() -> None:
@@ -273,10 +304,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(stores: di
 
 
 def test_a_share_of_the_steps(stores: dict[str, ImageStore]) -> None:
-    # (400 - 60) / 64 images make 6 steps an epoch.
-    assert run(stores, recipe()).cost["steps"] == 12
+    # 400 / 64 images, those held out included, make 7 steps an epoch.
+    assert run(stores, recipe()).cost["steps"] == 14
     cost = run(stores, recipe(), share=0.5).cost
-    assert cost == {"steps": 6, "images_seen": 384, "images_attacked": 384}
+    assert cost == {"steps": 7, "images_seen": 448, "images_attacked": 448}
 
 
 def test_training_on_digits_learns_to_be_accurate_and_robust(stores: dict[str, ImageStore]) -> None:
@@ -293,7 +324,7 @@ def test_a_loss_that_turns_nan_stops_at_once_with_the_step_and_keeps_the_last_go
     stores: dict[str, ImageStore], tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(tmp_path / "state", every_s=0)
-    with pytest.raises(InputError, match=r"at step (\d+) of 18; lower training.lr") as stopped:
+    with pytest.raises(InputError, match=r"at step (\d+) of 21; lower training.lr") as stopped:
         run(stores, recipe(lr=1e20, epochs=3), checkpoint=checkpoint)
     saved = checkpoint.load()
     assert saved is not None
@@ -303,9 +334,9 @@ def test_a_loss_that_turns_nan_stops_at_once_with_the_step_and_keeps_the_last_go
 
 def test_the_curve_has_a_row_for_every_step_and_the_history_is_its_means(stores: dict[str, ImageStore]) -> None:
     result = run(stores, recipe(warmup_fraction=0.25))
-    assert [row["step"] for row in result.curve] == list(range(1, 13))
+    assert [row["step"] for row in result.curve] == list(range(1, 15))
     for number, row in enumerate(result.history):
-        part = result.curve[6 * number : 6 * number + 6]
+        part = result.curve[7 * number : 7 * number + 7]
         assert row["loss"] == pytest.approx(np.mean([step["loss"] for step in part]))
         assert row["mean_eps"] == pytest.approx(THREAT.eps)
     assert all(row["attacked"] == 64 for row in result.curve)
@@ -328,6 +359,65 @@ def test_a_batch_that_does_not_fit_in_memory_names_the_parameter_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr("pipeline.training.loop.batch_loss", full)
+    with pytest.raises(InputError, match="training.micro_batch_size: 64 images at a time do not fit .* set it to 32"):
+        run(stores, recipe())
+
+
+class Noting(nn.Module):
+    """A network that notes the images it is called with in eval mode."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            self.seen.append(x.detach())
+        logits: torch.Tensor = self.net(x)
+        return logits
+
+
+@pytest.mark.parametrize("norm", BALLS)
+def test_selection_in_pieces_counts_the_hits_of_one_batch(stores: dict[str, ImageStore], norm: Any) -> None:
+    model = run(stores, recipe(epochs=8, lr=0.2, select_every=8)).last
+    eps = THREAT.eps if norm == "linf" else 0.5
+    attack = PGDParams(num_steps=3, step_size_255=eps * 100)
+    found, starts = [], []
+    for size in (100, 32, 1):
+        noting = Noting(model).eval()
+        found.append(Selector(stores["real"], np.arange(100), attack, BALLS[norm], eps, size, CPU).score(noting))
+        assert max(map(len, noting.seen)) == size
+        starts.append(torch.cat(noting.seen[::5]))  # of three steps, a clean and an attacked pass
+    assert found == [found[0]] * 3
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+    clean, robust = found[0]
+    assert 0.1 < robust < clean < 1  # neither is trivial
+    assert (100 * clean, 100 * robust) == pytest.approx((round(100 * clean), round(100 * robust)))
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_selection_never_takes_more_images_at_a_time_than_training(stores: dict[str, ImageStore], size: int | None) -> None:
+    pools = {source: full_pool(store, THREAT.eps) for source, store in stores.items()}
+    net = Noting(plain_network(0))
+    result = train(
+        net, pools, recipe(epochs=1, batch_size=20, micro_batch_size=size, holdout=60), threat=THREAT, seed=0, device=CPU,
+        progress=lambda step, of, figures: None,
+    )  # fmt: skip
+    assert isinstance(result.last.net, Noting)
+    seen = list(map(len, result.last.net.seen))
+    assert max(seen) == (size or 20)
+    assert sum(seen) == 60 * 4  # two attack steps, clean and attacked
+
+
+def test_a_selection_that_does_not_fit_in_memory_names_the_parameter_to_change(
+    stores: dict[str, ImageStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("pipeline.training.heldout.pgd", full)
     with pytest.raises(InputError, match="training.micro_batch_size: 64 images at a time do not fit .* set it to 32"):
         run(stores, recipe())
 

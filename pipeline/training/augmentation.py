@@ -35,7 +35,7 @@ def augment(
     generator = torch_stream(seed, step, "augmentation", device)
     batch, height, width, channels = images.shape
     batch_size = batch_size or batch
-    places = torch.from_numpy(np.arange(batch) if part is None else part).to(device)
+    places = torch.from_numpy(np.arange(batch) if part is None else part).to(device, non_blocking=True)
     if pad := params.crop_padding:
         top, left = torch.randint(0, 2 * pad + 1, (2, batch_size, 1), generator=generator, device=device)[:, places]
         padded = F.pad(images, (0, 0, pad, pad, pad, pad))

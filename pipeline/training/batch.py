@@ -1,6 +1,7 @@
 """One batch: rows as they are stored in, augmented images with labels and radii out."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -9,28 +10,39 @@ from torch import Tensor
 
 from pipeline.batches import to_float
 from pipeline.training.augmentation import AugmentationParams, augment
-from pipeline.training.cutmix import mixed_labels, partners, paste, windows
+from pipeline.training.cutmix import mixed_labels, partners, paste, shares, windows
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Images (B, H, W, C) uint8, labels (B,), radii (B,) in pixel range."""
+    """Images (B, H, W, C) uint8, labels (B,), radii (B,) in pixel range, which are on the CPU."""
 
     images: Tensor
     labels: Tensor
     eps: Tensor
 
     def to(self, device: torch.device) -> "Rows":
-        return Rows(*(part.to(device, non_blocking=True) for part in (self.images, self.labels, self.eps)))
+        return Rows(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.eps)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images x (B, C, H, W) in [0, 1], labels y (B,) or their probabilities (B, K), radii eps (B,) in pixel range."""
+    """Images x (B, C, H, W) in [0, 1], labels y (B,) or their probabilities (B, K), radii eps (B,) in pixel range. These are on
+    the CPU, whatever device the images are on: which rows are attacked is then known without waiting for a GPU."""
 
     x: Tensor
     y: Tensor
     eps: Tensor
+
+    @cached_property
+    def attacked(self) -> Tensor:
+        """The rows (n,) that are attacked."""
+        return (self.eps > 0).nonzero().squeeze(1)
+
+    @cached_property
+    def rest(self) -> Tensor:
+        """The other rows."""
+        return (self.eps <= 0).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,8 @@ class Plan:
         if len(rows) == 1:
             return Batch(to_float(images[0]), own.labels, own.eps)
         _, height, width, _ = own.images.shape
-        cut = windows(self.batch_size, height, width, seed=self.seed, step=step)[part]
-        mixed, share = paste(images[0], images[1], torch.from_numpy(cut).to(own.images.device))
-        labels = mixed_labels(own.labels, rows[1].labels, share, self.num_classes)
+        cut = torch.from_numpy(windows(self.batch_size, height, width, seed=self.seed, step=step)[part])
+        share, device = shares(cut, height, width), own.images.device
+        mixed = paste(images[0], images[1], cut.to(device, non_blocking=True))
+        labels = mixed_labels(own.labels, rows[1].labels, share.to(device, non_blocking=True), self.num_classes)
         return Batch(to_float(mixed), labels, own.eps.lerp(rows[1].eps, share))

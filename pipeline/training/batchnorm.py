@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.batchnorm import mean_and_variance, moments, normalise
-from pipeline.ranks import any_rank, sum_over_ranks, world_size
+from pipeline.batchnorm import merge, moments, normalise
+from pipeline.ranks import gather_over_ranks, world_size
 
 Mode = Literal["batch", "clean", "running"]
 Forward = Callable[[nn.BatchNorm2d, Tensor], Tensor]
 
 
 class AttackNorms:
-    """BatchNorm of a model in training for one batch, of which the rows `attacked` (B,) are attacked. By `mode` it normalises
+    """BatchNorm of a model in training for one batch, of which the rows `rest` (n,) are not attacked; `some_rest`: there are
+    such rows on some rank. By `mode` it normalises
 
     - "batch": by the batch at every step, as in the recipe; rows that are not attacked count as what they were in the clean
       pass. Where all are attacked this is the recipe to the letter. Gradients flow through the statistics.
@@ -30,10 +31,9 @@ class AttackNorms:
     - "running": by the running statistics.
     """
 
-    def __init__(self, model: nn.Module, mode: Mode, attacked: Tensor) -> None:
+    def __init__(self, model: nn.Module, mode: Mode, rest: Tensor, some_rest: bool) -> None:
         self.norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.mode, self.rest = mode, ~attacked
-        some_rest = any_rank(bool(self.rest.any()), attacked.device)
+        self.mode, self.rest = mode, rest
         self.wants_clean_pass = bool(self.norms) and (mode == "clean" or (mode == "batch" and some_rest))
         self.noted: dict[nn.BatchNorm2d, tuple[Tensor, ...]] = {}
 
@@ -53,7 +53,7 @@ class AttackNorms:
         if self.mode == "batch":
             self.noted[norm] = (moments(inputs[0][self.rest]),)
         else:
-            self.noted[norm] = mean_and_variance(sum_over_ranks(moments(inputs[0])))
+            self.noted[norm] = merge(gather_over_ranks(moments(inputs[0])))[:2]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -65,9 +65,9 @@ class AttackNorms:
     def by_batch(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         if norm not in self.noted and world_size() == 1:
             return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-        own = moments(x)
-        total = own + self.noted[norm][0] if norm in self.noted else own
-        return normalise(norm, x, *mean_and_variance(sum_over_ranks(total)))
+        parts = gather_over_ranks(torch.stack([moments(x), *self.noted.get(norm, ())]))
+        mean, var, _ = merge(parts.flatten(0, 1))
+        return normalise(norm, x, mean, var)
 
     def by_clean(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         mean, var = self.noted[norm]

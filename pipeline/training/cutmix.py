@@ -33,13 +33,19 @@ def windows(batch_size: int, height: int, width: int, *, seed: int, step: int) -
     return np.stack(edges, axis=1)
 
 
-def paste(images: Tensor, others: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, H, W, C) with the windows (B, 4) of the others, and the share (B,) of each that is the other's."""
+def shares(windows: Tensor, height: int, width: int) -> Tensor:
+    """The share (B,) of each image that its window (B, 4) takes."""
+    top, bottom, left, right = windows.T
+    return ((bottom - top) * (right - left)).float() / (height * width)
+
+
+def paste(images: Tensor, others: Tensor, windows: Tensor) -> Tensor:
+    """Images (B, H, W, C) with the windows (B, 4) of the others."""
     _, height, width, _ = images.shape
     top, bottom, left, right = windows.T[:, :, None]
     row, column = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     inside = ((row >= top) & (row < bottom))[:, :, None] & ((column >= left) & (column < right))[:, None, :]
-    return torch.where(inside[..., None], others, images), inside.float().mean(dim=(1, 2))
+    return torch.where(inside[..., None], others, images)
 
 
 def mixed_labels(y: Tensor, other: Tensor, share: Tensor, num_classes: int) -> Tensor:

@@ -42,8 +42,8 @@ class Mapped:
             rows = pool.rows[places[here] - first].astype(np.int64)
             images[here], labels[here] = pool.store.batch(rows), pool.store.labels[rows]
             eps[here] = pool.eps[places[here] - first]
-        parts = [torch.from_numpy(array) for array in (images, labels, eps)]
-        return Rows(*(part.pin_memory() for part in parts)) if self.pinned else Rows(*parts)
+        rows = Rows(*map(torch.from_numpy, (images, labels, eps)))
+        return Rows(rows.images.pin_memory(), rows.labels.pin_memory(), rows.eps) if self.pinned else rows
 
 
 class Resident:
@@ -57,7 +57,7 @@ class Resident:
         self.rows = Rows(
             torch.empty((count, *shape), dtype=torch.uint8, device=device),
             torch.empty(count, dtype=torch.int64, device=device),
-            torch.empty(count, dtype=torch.float32, device=device),
+            torch.empty(count, dtype=torch.float32),
         )
         for first in range(0, count, COPIED_ROWS):
             part = slice(first, min(first + COPIED_ROWS, count))
@@ -65,8 +65,9 @@ class Resident:
             self.rows.images[part], self.rows.labels[part], self.rows.eps[part] = rows.images, rows.labels, rows.eps
 
     def read(self, places: Places) -> Rows:
-        index = torch.from_numpy(places).to(self.rows.labels.device)
-        return Rows(self.rows.images[index], self.rows.labels[index], self.rows.eps[index])
+        here = torch.from_numpy(places)
+        index = here.to(self.rows.labels.device, non_blocking=True)
+        return Rows(self.rows.images[index], self.rows.labels[index], self.rows.eps[here])
 
 
 def place_pools(pools: dict[str, Pool], device: torch.device, placement: Placement) -> Mapped | Resident:

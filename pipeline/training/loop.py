@@ -55,12 +55,12 @@ def train(
     pools = {**pools, "real": real}
     mean, std = channel_statistics(store, held_out)
     model = Classifier(net, mean, std).to(device).to(memory_format=torch.channels_last).train()
-    steps_per_epoch = math.ceil((len(store) - params.holdout) / params.batch_size)
+    steps_per_epoch = math.ceil(len(store) / params.batch_size)
     steps = max(1, round(steps_per_epoch * params.epochs * steps_share))
     state = TrainingState(share_batchnorm(model), params, steps)
     if checkpoint and (saved := checkpoint.load()):
         state.restore(saved)
-    selector = Selector(store, held_out, params.selection_attack, ball, threat.eps, device)
+    selector = Selector(store, held_out, params.selection_attack, ball, threat.eps, at_once(params), device)
     parts = micro_batches(my_part(params.batch_size), params.micro_batch_size)
     plan = Plan(params.augmentation, params.batch_size, len(store.classes), seed)
     batches = feed(
@@ -69,7 +69,7 @@ def train(
     )  # fmt: skip
     for micro in batches:
         state.optimizer.zero_grad(set_to_none=True)
-        noted = torch.zeros(3, device=device)  # loss, eps, attacked, summed over the images of this rank
+        mean_loss, mean_eps, attacked = torch.zeros((), device=device), 0.0, 0  # of the images of this rank
         with explained_memory(params), first_statistics(model, state.step):
             for part, batch in zip(parts, micro, strict=True):
                 noise = torch_stream(seed, state.step, "attack", device)
@@ -77,11 +77,13 @@ def train(
                 loss = batch_loss(model, batch, params, ball=ball, threat_eps=threat.eps, start=start)
                 share = len(part) / sum(map(len, parts))
                 (loss * share).backward()
-                attacked = (batch.eps > 0).sum() if params.loss != "standard" else torch.zeros((), device=device)
-                noted += torch.stack([loss.detach() * share, batch.eps.mean() * share, attacked])
-            state.update(*noted)
+                mean_loss += loss.detach() * share
+                mean_eps += batch.eps.mean().item() * share
+                attacked += len(batch.attacked) if params.loss != "standard" else 0
+            state.update(mean_loss, mean_eps, attacked)
         if state.step % (steps_per_epoch * params.select_every) == 0 or state.step == steps:
-            state.select(selector, state.step / steps_per_epoch)
+            with explained_memory(params):
+                state.select(selector, state.step / steps_per_epoch)
         progress(state.step * params.batch_size, steps * params.batch_size, state.figures)
         if checkpoint and rank() == 0 and checkpoint.due() and state.step < steps:
             checkpoint.save(state.saved())
@@ -95,6 +97,11 @@ def micro_batches(part: NDArray[np.int64], size: int | None) -> list[NDArray[np.
     return [part[first::count] for first in range(count)]
 
 
+def at_once(params: TrainingParams) -> int:
+    """How many images a rank computes with at a time at most."""
+    return params.micro_batch_size or math.ceil(params.batch_size / world_size())
+
+
 @contextmanager
 def explained_memory(params: TrainingParams) -> Iterator[None]:
     """
@@ -106,7 +113,7 @@ def explained_memory(params: TrainingParams) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        size = params.micro_batch_size or math.ceil(params.batch_size / world_size())
+        size = at_once(params)
         raise InputError(
             f"training.micro_batch_size: {size} images at a time do not fit in the memory of the device; set it to "
             f"{max(1, size // 2)} (BatchNorm then sees that many at a time), or share the batch among more ranks"

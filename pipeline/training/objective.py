@@ -22,7 +22,7 @@ Forward = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> logits (B, K)
 def unit_noise(x: Tensor, ball: Ball, generator: torch.Generator, *, part: NDArray[np.int64], batch_size: int) -> Tensor:
     """Samples of the unit ball for images x (B, ...), the places part of a batch of batch_size."""
     noise = ball.uniform(x.new_empty((batch_size, *x.shape[1:])), generator)
-    return noise if len(part) == batch_size else noise[torch.from_numpy(part).to(x.device)]
+    return noise if len(part) == batch_size else noise[torch.from_numpy(part).to(x.device, non_blocking=True)]
 
 
 def batch_loss(
@@ -40,21 +40,27 @@ def batch_loss(
     forward = in_precision(model, params.precision, batch.x.device)
     if params.loss == "standard":
         return cross_entropy(forward(batch.x), batch.y, label_smoothing=smoothing).mean()
-    norms = AttackNorms(model, params.attack_batchnorm, batch.eps > 0)
+    device = batch.x.device
+    some_attacked, some_rest = any_rank([len(batch.attacked) > 0, len(batch.rest) > 0], device)
+    norms = AttackNorms(model, params.attack_batchnorm, batch.rest.to(device, non_blocking=True), some_rest)
+
+    def attacked(reference: Tensor | None = None) -> Tensor:
+        if not some_attacked:
+            return batch.x
+        return attack_batch(
+            forward, batch, params, norms, ball=ball, threat_eps=threat_eps, start=start, reference=reference
+        )  # fmt: skip
+
     if params.loss == "pgd_at":
         if norms.wants_clean_pass:
             with torch.no_grad(), norms.noting(), unmoved_statistics(norms.norms):
                 forward(batch.x)
-        x_adv = attack_batch(forward, batch, params, norms, ball=ball, threat_eps=threat_eps, start=start)
-        return cross_entropy(forward(x_adv), batch.y, label_smoothing=smoothing).mean()
+        return cross_entropy(forward(attacked()), batch.y, label_smoothing=smoothing).mean()
     with norms.noting():
         clean_logits = forward(batch.x)  # of the loss; the attack needs the same
     # Against mixed labels the published code attacks the label, not the clean prediction.
     reference = clean_logits.detach() if params.loss == "trades" and batch.y.ndim == 1 else None
-    x_adv = attack_batch(
-        forward, batch, params, norms, ball=ball, threat_eps=threat_eps, start=start, reference=reference
-    )  # fmt: skip
-    adv_logits = forward(x_adv)
+    adv_logits = forward(attacked(reference))
     if params.loss == "mart":
         return mart(clean_logits, adv_logits, batch.y, beta=params.beta).mean()
     return trades(clean_logits, adv_logits, batch.y, beta=params.beta, label_smoothing=smoothing).mean()
@@ -85,12 +91,12 @@ def attack_batch(
 ) -> Tensor:
     """Adversarial examples (B, C, H, W): of the KL to the reference logits (B, K) where there are any (TRADES), else of the
     cross-entropy. The step of a sample is scaled by eps_i / eps."""
-    chosen = batch.eps > 0
-    x, y, eps = batch.x[chosen], batch.y[chosen], batch.eps[chosen]
-    if not any_rank(len(x) > 0, x.device):
-        return batch.x
-    if reference is not None:
-        reference = reference[chosen]
+    device = batch.x.device
+    x, y, eps = batch.x, batch.y, batch.eps.to(device, non_blocking=True)
+    chosen = batch.attacked.to(device, non_blocking=True) if len(batch.rest) else None
+    if chosen is not None:
+        x, y, eps, start = (part[chosen] for part in (x, y, eps, start))
+        reference = None if reference is None else reference[chosen]
 
     def loss(z: Tensor) -> Tensor:
         return cross_entropy(forward(z), y) if reference is None else kl_divergence(forward(z), reference)
@@ -100,9 +106,7 @@ def attack_batch(
         if reference is not None and norms.mode == "running":
             with torch.no_grad():
                 reference = forward(x)  # what the same network says of the clean image
-        attacked = pgd(
-            loss, x, ball=ball, eps=eps, step_size=step_size, num_steps=params.attack.num_steps, start=start[chosen]
+        x_adv = pgd(
+            loss, x, ball=ball, eps=eps, step_size=step_size, num_steps=params.attack.num_steps, start=start, check=False
         )  # fmt: skip
-    x_adv = batch.x.clone()
-    x_adv[chosen] = attacked
-    return x_adv
+    return x_adv if chosen is None else batch.x.index_copy(0, chosen, x_adv)

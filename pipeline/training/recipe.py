@@ -12,11 +12,12 @@ from pipeline.training.batchnorm import Mode
 
 class TrainingParams(Section):
     """The recipe. `loss: standard` trains without attack; `epochs` count batches as the recipe does,
-    ceil(real images / batch_size) each, whatever the amount of synthetic data.
+    ceil(real images / batch_size) each, those held out included, whatever the amount of synthetic data.
     Half of nothing is nothing: `synthetic_fraction` only counts when both sources have rows.
     `batch_size` images make one step, whatever the ranks; each rank takes at most `micro_batch_size` of its share at a time
-    (null: all) and adds up the gradients. BatchNorm then sees only so many images (of every rank) at a time, and its running
-    statistics move once for each: the one way in which the result depends on it, beyond rounding.
+    (null: all), also of the held-out images, and adds up the gradients. BatchNorm then sees only so many images (of every
+    rank) at a time, and its running statistics move once for each: the one way in which the result depends on it, beyond
+    rounding.
     `attack_batchnorm` is what BatchNorm normalises by in the attack (`AttackNorms`). `precision: bf16` runs the networks in
     bfloat16 where PyTorch's autocast does; weights, losses and selection stay in float32.
     One-cycle moves the learning rate and, as in the published code, the momentum (0.95 to 0.85 and back).

@@ -12,7 +12,7 @@ from pipeline.checkpoints import restore_optimizer
 from pipeline.ema import EMA
 from pipeline.models import Classifier
 from pipeline.params import InputError
-from pipeline.ranks import average_gradients, mean_over_ranks, rank, world_size
+from pipeline.ranks import average_gradients, mean_over_ranks, world_size
 from pipeline.training.heldout import Selector
 from pipeline.training.optimisation import make_optimizer, make_schedule
 from pipeline.training.recipe import TrainingParams
@@ -67,14 +67,15 @@ class TrainingState:
         for name in ("step", "best_score", "history", "figures", "curve"):
             setattr(self, name, saved[name])
 
-    def update(self, loss: Tensor, eps: Tensor, attacked: Tensor) -> None:
+    def update(self, loss: Tensor, eps: float, attacked: int) -> None:
         """One step of the optimiser, the schedule and the average, by the gradients that are there. Notes the mean loss and
         radius of the batch and how many of its images were attacked, each of this rank.
 
         Raises:
             InputError: the loss is not finite; the weights are then those before the step.
         """
-        values = torch.stack([loss.detach().double(), eps.double(), attacked.double()])
+        values = torch.tensor([0, eps, attacked], dtype=torch.float64).to(loss.device, non_blocking=True)
+        values[0] = loss.detach()
         mean_loss, mean_eps, mean_attacked = mean_over_ranks(values).tolist()
         if not math.isfinite(mean_loss):
             raise InputError(self.stopped(f"the loss is {mean_loss}"))
@@ -102,14 +103,12 @@ class TrainingState:
         )
 
     def select(self, selector: Selector, epoch: float) -> None:
-        """Score the average on the held-out images and keep it if it is the best so far.
+        """Score the average on the held-out images and keep it if it is the best so far; all ranks must ask.
 
         Raises:
             InputError: a weight is not finite.
         """
         self.check_weights()
-        if rank() > 0:
-            return
         clean, robust = selector.score(self.ema.model)
         if [robust, clean] > self.best_score:
             self.best_score = [robust, clean]

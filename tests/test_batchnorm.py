@@ -1,0 +1,94 @@
+"""BatchNorm from merged moments against PyTorch's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.batchnorm import merge, moments, normalise
+from pipeline.training.batchnorm import AttackNorms
+
+
+def images(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Channels: ordinary, constant 7.3, of mean 1,000, of mean -20,000, constant 0."""
+    x = torch.randn(12, 5, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scale, shift = torch.tensor([[3.0, 0, 1, 10, 0], [0.5, 7.3, 1000, -20_000, 0]], dtype=torch.float64).view(2, 1, 5, 1, 1)
+    return (x * scale + shift).to(dtype)
+
+
+def trained_norm() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 0.5, 1.5, -1.0]))
+        norm.bias.copy_(torch.tensor([0.0, 0.1, -0.2, 0.3, 1.0]))
+    return norm
+
+
+def in_parts(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    mean, var, _ = merge(torch.stack([moments(part) for part in (x[:1], x[1:8], x[:0], x[8:])]))
+    return normalise(norm, x, mean, var)
+
+
+def by_pytorch(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+
+def as_an_attack_has_it(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """The first rows are attacked, of the others the moments are noted in the clean pass."""
+    norms = AttackNorms(nn.Sequential(norm), "batch", torch.arange(5, len(x)), some_rest=True)
+    with norms.noting():
+        norm(x)
+    with norms.frozen():
+        inside: Tensor = norm(x[:5])
+    return inside
+
+
+def test_merged_moments_are_those_of_the_whole() -> None:
+    x = images()
+    mean, var, count = merge(torch.stack([moments(part) for part in (x[:1], x[1:8], x[:0], x[8:])]))
+    exact = x.double().transpose(0, 1).flatten(1)
+    assert count == exact.shape[1]
+    torch.testing.assert_close(mean.double(), exact.mean(dim=1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact.var(dim=1, correction=0), rtol=1e-5, atol=1e-9)
+
+
+def test_values_and_gradients_are_those_of_pytorch_also_for_constant_channels_and_large_means() -> None:
+    x, norm = images(), trained_norm()
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for forward, inputs in ((in_parts, x), (by_pytorch, x.double())):
+        module = trained_norm().to(inputs.dtype)
+        inputs = inputs.clone().requires_grad_()
+        out = forward(module, inputs)
+        (out * weights).sum().backward()
+        parts = (out.detach(), inputs.grad, module.weight.grad, module.bias.grad)
+        found.append([part.double() for part in parts if part is not None])
+    # A constant channel has no digits but those of its rounded mean: beside sqrt(eps) they count for 1e-4.
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=2e-3, atol=2e-3 * exact.abs().amax().item())
+    plain = by_pytorch(norm, x).detach().double()
+    assert (found[0][0] - found[1][0]).abs().max() <= 3 * (plain - found[1][0]).abs().max() + 1e-4
+
+
+def test_an_attack_on_some_rows_normalises_them_as_pytorch_does_in_the_whole_batch() -> None:
+    x, norm = images(), trained_norm()
+    ours, whole = as_an_attack_has_it(norm, x), by_pytorch(norm, x)[:5]
+    torch.testing.assert_close(ours, whole, rtol=1e-3, atol=3e-3)
+
+
+def test_in_bf16_the_result_is_as_near_as_rounding_it_allows() -> None:
+    x, norm = images(torch.bfloat16), trained_norm()
+    exact = by_pytorch(norm.double(), x.double())
+    ours = in_parts(trained_norm(), x)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), exact.bfloat16().double(), rtol=2**-8, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moments_of_no_images_are_zero_and_join_the_graph(dtype: torch.dtype) -> None:
+    x = torch.zeros(0, 3, 2, 2, dtype=dtype, requires_grad=True)
+    found = moments(x)
+    assert found.tolist() == [0.0] * 7
+    assert found.dtype == dtype
+    found.sum().backward()  # as on a rank whose images are all unattacked
+    assert x.grad is not None
