@@ -11,7 +11,9 @@ from torch import nn
 from pipeline.attacks import PGDParams, pgd
 from pipeline.balls import BALLS
 from pipeline.checkpoints import Checkpoint
+from pipeline.csv_tables import read_csv
 from pipeline.ema import EMA
+from pipeline.execution.live import live_table
 from pipeline.images import ImageStore
 from pipeline.losses import kl_divergence
 from pipeline.models import build_network
@@ -26,6 +28,7 @@ from pipeline.training.loop import micro_batches
 from pipeline.training.objective import batch_loss
 from pipeline.training.optimisation import make_optimizer, make_schedule
 from pipeline.training.pools import full_pool
+from pipeline.training.state import CURVE
 from tests.conftest import TINY, untrained
 
 THREAT = ThreatParams(norm="linf", eps_255=24)
@@ -340,6 +343,21 @@ def test_the_curve_has_a_row_for_every_step_and_the_history_is_its_means(stores:
         assert row["loss"] == pytest.approx(np.mean([step["loss"] for step in part]))
         assert row["mean_eps"] == pytest.approx(THREAT.eps)
     assert all(row["attacked"] == 64 for row in result.curve)
+
+
+def test_the_live_table_of_a_training_shows_the_accuracy_after_every_selection(
+    stores: dict[str, ImageStore], tmp_path: Path
+) -> None:
+    pools = {source: full_pool(store, THREAT.eps) for source, store in stores.items()}
+    with live_table(tmp_path / "live.csv") as report:
+        result = train(plain_network(0), pools, recipe(), threat=THREAT, seed=0, device=CPU, progress=report)
+    rows = read_csv(tmp_path / "live.csv", ["images", "images_per_s", *CURVE[:3], "clean_accuracy", "robust_accuracy"])
+    assert len(rows) == 14
+    for number, row in enumerate(rows):
+        assert float(row["loss"]) > 0
+        for name in ("clean_accuracy", "robust_accuracy"):
+            expected = "" if number < 6 else f"{result.history[number // 13][name]:.6g}"
+            assert row[name] == expected
 
 
 def test_micro_batches_split_a_batch_evenly_and_without_batchnorm_change_nothing(stores: dict[str, ImageStore]) -> None:

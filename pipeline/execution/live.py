@@ -16,16 +16,15 @@ FLUSH_EVERY_S = 2.0
 
 @contextmanager
 def live_table(path: Path) -> Iterator[Report]:
-    """Yield a `Report` that appends rows to a CSV: images done, images per second since the row before, figures (those of the
-    first row name the columns; empty where a row lacks one). A task that goes on from a checkpoint continues the table there.
-    """
+    """Yield a `Report` that appends rows to a CSV: images done, images per second since the row before, figures (empty where a
+    row lacks one; a new one gets a column). A task that goes on from a checkpoint continues the table there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table: LiveTable | None = None
 
     def report(done: int, total: int, figures: dict[str, float] | None = None) -> None:  # noqa: ARG001
         nonlocal table
         if figures:
-            table = table or LiveTable(path, done, list(figures))
+            table = table or LiveTable(path, done, figures)
             table.add(done, figures)
 
     try:
@@ -36,25 +35,31 @@ def live_table(path: Path) -> Iterator[Report]:
 
 
 class LiveTable:
-    def __init__(self, path: Path, done: int, names: list[str]) -> None:
+    def __init__(self, path: Path, done: int, figures: dict[str, float]) -> None:
         """Continue the file at path with what comes after the first `done` images, or begin it."""
-        kept = []
-        if path.is_file():
-            with path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-            kept = [row for row in rows if int(row["images"] or 0) < done]
-            names = [name for name in rows[0] if name not in ("images", "images_per_s")] if rows else names
-        self.names = names
-        work = path.with_name(f".{path.name}.tmp")
-        with work.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["images", "images_per_s", *names], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-        work.replace(path)
-        self.file = path.open("a", newline="")
+        self.path = path
+        self.open(done, figures)
         self.done, self.time, self.flushed = done, math.nan, 0.0
 
+    def open(self, done: int, figures: dict[str, float]) -> None:
+        """Rewrite the file with its rows before `done` images, and columns for figures beside those that it has."""
+        rows = []
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        columns = list(dict.fromkeys(["images", "images_per_s", *(rows[0] if rows else ()), *figures]))
+        work = self.path.with_name(f".{self.path.name}.tmp")
+        with work.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["images"] or 0) < done)
+        work.replace(self.path)
+        self.names, self.file = columns[2:], self.path.open("a", newline="")
+
     def add(self, done: int, figures: dict[str, float]) -> None:
+        if not figures.keys() <= set(self.names):
+            self.file.close()
+            self.open(done, figures)
         now = time.monotonic()
         speed = (done - self.done) / (now - self.time) if now > self.time else math.nan
         values = [speed, *(figures.get(name, math.nan) for name in self.names)]
