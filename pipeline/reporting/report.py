@@ -30,8 +30,8 @@ from pipeline.reporting.verdict import verdict
 
 class ReportSection(Section):
     """`contact_sheet_images` per sheet (0: no sheets); `confidence` of all intervals; `passes_per_second`, of one image
-    forward and backward as your machine does them in training, turns the cost into hours; `contrasts` are the pairs
-    [strategy, baseline] to test (null: those of `contrasts.derive`)."""
+    forward and backward through the trained network as your machine does them in training, turns the cost into hours;
+    `contrasts` are the pairs [strategy, baseline] to test (null: those of `contrasts.derive`)."""
 
     title: str
     histogram_bins: Annotated[int, Field(ge=2)]
