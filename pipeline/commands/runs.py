@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.commands.parameters import check, check_quietly
-from pipeline.commands.terminal import console, duration, print_table
+from pipeline.commands.terminal import console, duration, print_table, size
 from pipeline.execution import parallel
 from pipeline.reporting.headline import TABLE_FOLLOWS, print_headline
 
@@ -85,7 +85,7 @@ def logs(
 
 
 def cancel(stage: Annotated[str, typer.Argument(help="A stage, such as margins or train@puma-0.")]) -> None:
-    """End the jobs of a stage. What is finished and every checkpoint are kept.
+    """End the jobs of a stage and let it submit no more. What is finished and every checkpoint are kept.
 
     Example: python -m pipeline cancel train
     """
@@ -107,7 +107,9 @@ def gc(
     from pipeline.execution import operate
 
     freed = operate.collect_garbage(keep, dry=dry)
-    rows = [(run.stage, run.key, f"{run.bytes / 2**20:.1f} MB") for run in freed]
+    rows = [(run.stage, run.key, size(run.bytes)) for run in freed]
+    if len(rows) > 1:
+        rows.append(("total", f"{len(freed)} runs", size(sum(run.bytes for run in freed))))
     print_table(("stage", "run", "would free" if dry else "freed"), rows, operate.as_dicts(freed), "nothing to remove", as_json)
 
 

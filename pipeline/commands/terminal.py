@@ -30,3 +30,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], data: obje
 
 def duration(seconds: float | None) -> str:
     return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def size(num_bytes: int) -> str:
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if num_bytes >= unit), (1e3, "kB"))
+    return f"{num_bytes / unit:.1f} {name}"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.execution.settings import belongs_to_a_cluster, settings
+from pipeline.execution.settings import ExecutionSection, belongs_to_a_cluster, settings
+from pipeline.params import InputError
 
 FREE_GB = 5
 
@@ -26,9 +27,14 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """All checks, one after the other."""
     yield python()
-    yield torch_and_gpu()
+    try:
+        chosen = settings()
+    except InputError as error:
+        chosen = None
+        yield Finding("execution", False, str(error), "correct it; until then torch and SLURM are not held against it")
+    yield torch_and_gpu(chosen)
     yield from packages()
-    yield slurm()
+    yield slurm(chosen)
     yield remote()
     yield disk(Path.cwd())
 
@@ -38,16 +44,15 @@ def python() -> Finding:
     return Finding("Python", sys.version_info >= (3, 11), found, "install Python 3.11 or later, then `make setup`")
 
 
-def torch_and_gpu() -> Finding:
+def torch_and_gpu(chosen: ExecutionSection | None) -> Finding:
     try:
         import torch
         import torchvision
     except (ImportError, RuntimeError, OSError) as error:
         return Finding("torch", False, str(error), "run `make setup`: torch and torchvision must be a matched pair")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    wanted = settings().device
     found = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {', '.join(gpus) or 'no GPU'}"
-    ok = bool(gpus) or wanted != "cuda"
+    ok = bool(gpus) or chosen is None or chosen.device != "cuda"
     return Finding("torch", ok, found, "execution.device is cuda: set it to auto, or check `nvidia-smi` and the driver")
 
 
@@ -59,21 +64,22 @@ def packages() -> Iterator[Finding]:
             yield Finding(name, False, "not installed", "run `make setup`")
 
 
-def slurm() -> Finding:
-    chosen = settings()
-    wanted = any(stage.backend == "slurm" for stage in [chosen, *map(chosen.of_stage, chosen.stages)])
+def slurm(chosen: ExecutionSection | None) -> Finding:
+    stages = [chosen, *map(chosen.of_stage, chosen.stages)] if chosen else []
+    wanted = any(stage.backend == "slurm" for stage in stages)
     if shutil.which("sbatch") is None:
         advice = "execution.backend is slurm: set it to auto or local, or install SLURM's client programs"
         return Finding("SLURM", False if wanted else None, "no sbatch: stages run on this machine", advice)
     if not wanted and not belongs_to_a_cluster():
         return Finding("SLURM", None, "installed, but it knows no cluster: stages run on this machine")
+    on_slurm = chosen is None or chosen.on_slurm
     shown = subprocess.run(["sinfo", "-h", "-o", "%P %a %D nodes"], capture_output=True, text=True, check=False)
     if shown.returncode:
         advice = "ask the site, or set execution.backend: local in execution.local.yaml"
-        return Finding("SLURM", not chosen.on_slurm, " ".join(shown.stderr.split()), advice)
+        return Finding("SLURM", not on_slurm, " ".join(shown.stderr.split()), advice)
     accounting = subprocess.run(["sacct", "-n", "-X"], capture_output=True, check=False).returncode == 0
     told = f"{'; '.join(shown.stdout.split(chr(10))).strip('; ')}; {'with' if accounting else 'without'} accounting"
-    return Finding("SLURM", True, told if chosen.on_slurm else f"{told}; not used: execution.backend is local")
+    return Finding("SLURM", True, told if on_slurm else f"{told}; not used: execution.backend is local")
 
 
 def remote() -> Finding:

@@ -2,12 +2,15 @@
 
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dvc.repo import Repo
 
-from pipeline.execution.store import runs
+from pipeline.execution.stage_run import run_key
+from pipeline.execution.store import RunStore, runs
 from pipeline.params import InputError
+from pipeline.project import params_class
 
 Graph = dict[str, set[str]]  # stage -> the stages it needs
 
@@ -16,7 +19,8 @@ FEW = 3
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage that would run, the reason, and how many of its tasks the run store holds from a run that was stopped."""
+    """A stage that would run, the reason, and how many of its tasks it would find done by a run that was stopped: none where
+    a stage before it runs, because its inputs are not known yet."""
 
     stage: str
     reason: str
@@ -58,7 +62,7 @@ def plan(targets: list[str]) -> tuple[Graph, list[Planned]]:
         upstream = [need for need in graph[name] if need in planned]
         reason = reasons.get(name) or (f"after {', '.join(sorted(upstream))}" if upstream else None)
         if reason:
-            planned[name] = Planned(name, reason, *stored(name))
+            planned[name] = Planned(name, reason, *((0, 0) if upstream else stored(name)))
     return graph, list(planned.values())
 
 
@@ -96,9 +100,16 @@ def in_words(kind: str, names: list[str]) -> str:
 
 
 def stored(stage: str) -> tuple[int, int]:
-    """Finished tasks and all tasks of the stage's last run that is not published."""
-    waiting = [run for run in runs(stage) if run.stage == stage and "published" not in run.description()]
-    if not waiting:
-        return 0, 0
-    tasks = waiting[-1].tasks()
-    return sum(waiting[-1].is_done(name) for name in tasks), len(tasks)
+    """Finished tasks and all tasks of the run that the stage would go on with; a run that has published nothing."""
+    for run in runs(stage):
+        if run.stage == stage and "published" not in run.description() and is_current(run):
+            tasks = run.tasks()
+            return sum(run.is_done(name) for name in tasks), len(tasks)
+    return 0, 0
+
+
+def is_current(run: RunStore) -> bool:
+    """Whether the stage would take up this run: its params, its inputs and its code are what they were."""
+    name, note = run.stage.partition("@")[0], run.description()
+    now = run_key(name, Path(note["target"]), params_class(name).load(), [Path(path) for path in note["paths"]])
+    return now == run.key

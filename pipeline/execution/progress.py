@@ -58,7 +58,7 @@ class Line:
         now = time.monotonic()
         self.first = done if self.first is None else self.first
         rate = (done - self.first) / max(now - self.started, 1e-9)
-        told = f"{rate:.0f} images/s {text}".rstrip()
+        told = f"{rate:.{1 if 0 < rate < 10 else 0}f} images/s {text}".rstrip()
         if self.bar:
             self.bar.update(self.task, completed=done, total=total, description=f"{self.label} {told}")
         elif now - self.last >= self.every_s or done == total:
