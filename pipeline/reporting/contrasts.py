@@ -13,6 +13,7 @@ from pipeline.reporting.summary import tex_name, write_tex
 from pipeline.reporting.verdict import METRICS, MOST_NAMES, TOLD, Groups, Metric, difference, join
 
 Pair = tuple[str, str]  # strategy, baseline
+DETAILS = ("eps", "per_class", "applies_to", "misclassified", "not_converged")  # settings whose effect is tested one by one
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class Contrast:
 
 
 def derive(strategies: Mapping[str, Strategy]) -> list[Pair]:
-    """Every strategy with every other one that is its baseline."""
-    return [
-        (name, other)
-        for name, strategy in strategies.items()
-        for other, baseline in strategies.items()
-        if is_baseline(baseline, strategy)
-    ]
+    """Every strategy with every other one that is its baseline, and with the first of those above it of which it is a
+    variant."""
+    pairs: list[Pair] = []
+    for place, (name, strategy) in enumerate(strategies.items()):
+        baselines = [other for other, baseline in strategies.items() if is_baseline(baseline, strategy)]
+        above = [other for other in list(strategies)[:place] if is_variant(strategy, strategies[other])]
+        pairs += [(name, other) for other in [*baselines, *above[:1]]]
+    return pairs
 
 
 def is_baseline(baseline: Strategy, strategy: Strategy) -> bool:
@@ -55,6 +57,17 @@ def is_baseline(baseline: Strategy, strategy: Strategy) -> bool:
     return theirs in (Strategy(), unpruned, unlowered)
 
 
+def is_variant(strategy: Strategy, reference: Strategy) -> bool:
+    """Whether it differs in one of the `DETAILS` alone, both having radii of their own where that is eps."""
+    ours, theirs = plain(strategy), plain(reference)
+    found = differing(ours, theirs)
+    return len(found) == 1 and found[0] in DETAILS and ("eps" not in found or CONSTANT not in (ours.eps, theirs.eps))
+
+
+def differing(a: Strategy, b: Strategy) -> list[str]:
+    return [name for name in Strategy.model_fields if getattr(a, name) != getattr(b, name)]
+
+
 def check_pairs(pairs: Sequence[Pair], names: Sequence[str]) -> None:
     """Raise an `InputError` unless each pair is of two different names."""
     for pair in pairs:
@@ -67,8 +80,7 @@ def measure(pairs: Sequence[Pair], groups: Groups, strategies: Mapping[str, Stra
     each = bonferroni(confidence, len(pairs))
     found = []
     for ours, theirs in pairs:
-        a, b = strategies[ours], strategies[theirs]
-        differs_in = [name for name in Strategy.model_fields if getattr(a, name) != getattr(b, name)]
+        differs_in = differing(strategies[ours], strategies[theirs])
         kept, baseline_kept = (groups[name][0].manifest.kept for name in (ours, theirs))
         clean, robust = (difference(groups, ours, theirs, metric, each) for metric in METRICS)
         found.append(Contrast(ours, theirs, differs_in, kept, baseline_kept, clean, robust))

@@ -57,6 +57,35 @@ def test_the_study_tests_puma_against_random_pruning_alone_radii_alone_and_nothi
         assert found[f"prune_easy{end}"] == found[f"prune_hard{end}"] == ["none", f"random{end}"]
     assert found["adaptive_eps"] == ["none"]
     assert found["none"] == []
+    for end in ("c05", "c2", "class"):
+        assert found[f"puma-50-{end}"][-1] == "puma-50"
+        assert all("puma" not in baseline for baseline in found[f"puma-50-{end}"][:-1])
+
+
+PUMA = {"score": "margin", "keep": 0.5, "eps": RADIUS}
+HALF = {"rule": "margin", "scale": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("variant", "is_tested"),
+    [
+        (PUMA | {"eps": HALF}, True),
+        (PUMA | {"eps": {"rule": "rank", "q": 0.5}}, True),
+        (PUMA | {"per_class": True}, True),
+        (PUMA | {"misclassified": "drop"}, True),
+        (PUMA | {"eps": HALF, "per_class": True}, False),  # two things at a time
+        (PUMA | {"keep": 0.3}, False),
+        (PUMA | {"score": "entropy"}, False),
+        (PUMA | {"budget": "scaled"}, False),
+    ],
+)
+def test_a_variant_is_tested_against_what_stands_above_it(variant: dict[str, Any], is_tested: bool) -> None:
+    assert derive(parsed({"puma": PUMA, "variant": variant})) == [("variant", "puma")] * is_tested
+
+
+def test_of_several_variants_the_first_one_is_the_reference() -> None:
+    scales = {f"c{scale}": PUMA | {"eps": {"rule": "margin", "scale": scale}} for scale in (1.0, 0.5, 2.0)}
+    assert derive(parsed(scales)) == [("c0.5", "c1.0"), ("c2.0", "c1.0")]
 
 
 @pytest.mark.parametrize(
