@@ -178,24 +178,9 @@ def test_the_environment_overrides_the_files(tmp_path: Path, monkeypatch: pytest
         settings(params)
 
 
-@pytest.mark.parametrize(
-    ("answer", "on_slurm"),
-    [
-        ("scontrol: fatal: Could not establish a configuration source", False),
-        ("slurm_load_ctl_conf error: Unable to contact slurm controller (connect failure)", True),
-    ],
-)
-def test_auto_means_slurm_where_it_knows_a_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, on_slurm: bool
-) -> None:
-    for name, text in (("sbatch", "exit 0"), ("scontrol", f"echo '{answer}' >&2; exit 1")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    auto = StageExecution(backend="auto")
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    assert auto.on_slurm == on_slurm
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert not auto.on_slurm
+def test_auto_means_this_machine_where_slurm_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not StageExecution(backend="auto").on_slurm
     assert StageExecution(backend="slurm").on_slurm
 
 

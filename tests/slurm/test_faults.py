@@ -6,15 +6,26 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from pipeline.execution.settings import StageExecution
+from pipeline.images import ImageStore
+from tests.conftest import make_store
 from tests.projects import has_ended
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import SLURM_CONF, Cluster, free_port
 from tests.slurm.conftest import Toy
+from tests.test_resume import contents
 
 pytestmark = pytest.mark.xdist_group("slurm")
 PARALLEL = "exec python -c 'from pipeline.execution.parallel import repro; repro([], 2)'"
+WORK = ".runs/generator/*/work/train/"
+GENERATOR = {
+    "kind": "edm",
+    "network": {"channels": 4, "multipliers": [1], "blocks": 1, "attention_resolutions": [], "dropout": 0.0},
+    "training": {"steps": 200, "batch_size": 16, "warmup_steps": 2, "ema_decay": 0.9, "flip": True, "seed": 0},
+}
 MakeToy = Callable[[Cluster], Toy]
 
 
@@ -130,11 +141,23 @@ def test_what_sbatch_refuses_is_told_in_its_words(plain: Cluster, make_toy: Make
     assert "Traceback" not in output
 
 
-def test_auto_means_slurm_where_there_is_a_cluster(plain: Cluster, make_toy: MakeToy) -> None:
+def test_auto_means_slurm_where_it_knows_a_cluster(
+    plain: Cluster, make_toy: MakeToy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     toy = make_toy(plain)
     toy.set(steps=2, backend="auto")
     toy.run()
     assert len(toy.submissions()) == 3
+    auto = StageExecution(backend="auto")
+    for name, value in plain.environment.items():
+        monkeypatch.setenv(name, value)
+    unreachable = tmp_path / "slurm.conf"
+    unreachable.write_text(SLURM_CONF.format(**plain.values | {"ctld_port": free_port()}))
+    monkeypatch.setenv("SLURM_CONF", str(unreachable))
+    assert auto.on_slurm
+    monkeypatch.delenv("SLURM_CONF")
+    if not Path("/etc/slurm/slurm.conf").exists():
+        assert not auto.on_slurm
 
 
 def test_an_edit_of_execution_does_not_reach_jobs_in_the_queue(plain: Cluster, make_toy: MakeToy) -> None:
@@ -171,6 +194,36 @@ def test_a_lost_node_leaves_one_writer_that_goes_on_from_the_checkpoint(plain: C
     assert old not in pids[pids.index(new) + 1 :], "the first process wrote after the second had taken over"
     assert len(toy.submissions()) == 1
     assert next(step for _, step, pid in toy.trace() if pid == new) > 1
+
+
+def test_a_training_on_a_lost_node_ends_with_the_bytes_of_an_undisturbed_one(
+    plain: Cluster, make_toy: MakeToy, stores: dict[str, ImageStore]
+) -> None:
+    project = make_toy(plain)
+    store = stores["real"]
+    make_store(project.path / "real", (store.shard(0).copy(), store.labels.copy()))
+    shared = {"device": "cpu", "threads": 1, "cpus_per_task": 1, "poll_s": 0.5, "timeout_min": 30, "checkpoint_s": 0.3}
+    (project.path / "params.yaml").write_text(json.dumps({"generator": GENERATOR, "execution": shared}))
+    undisturbed = project.start(
+        "DVC_ROOT=elsewhere PUMA_EXECUTION='{backend: local}' exec python -m stages.generator real whole/generator"
+    )
+    child = project.start("PUMA_EXECUTION='{backend: slurm}' exec python -m stages.generator real killed/generator")
+    project.until(lambda: list(project.path.glob(WORK + "checkpoint.safetensors")), "a checkpoint")
+    owner = next(project.path.glob(WORK + "owner.json"))
+    old = json.loads(owner.read_text())["pid"]
+    os.kill(old, signal.SIGSTOP)  # so that it is still at work when the next job has begun
+    plain.kill_node("n1")
+    project.until(lambda: "PENDING" in plain.jobs().values(), "the requeue")
+    plain.start_now()
+    project.until(lambda: json.loads(owner.read_text())["pid"] != old, "the restarted job")
+    os.kill(old, signal.SIGCONT)
+    plain.revive_node("n1")
+    project.finish(child)
+    project.finish(undisturbed)
+    whole, killed = (contents(project.path / name / "generator") for name in ("whole", "killed"))
+    assert whole == killed
+    project.until(lambda: has_ended(old), "the end of the first process")
+    assert project.all_logs().count("Starting with JobEnvironment") == 2
 
 
 def test_ctrl_c_leaves_the_jobs_and_says_how_to_go_on(plain: Cluster, make_toy: MakeToy) -> None:
