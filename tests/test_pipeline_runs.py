@@ -1,13 +1,19 @@
 """DVC run for real on a tiny configuration: what reruns, what is restored, what is published."""
 
 import csv
+import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pipeline import recipes
+from pipeline.params import read_yaml
 from tests.conftest import ROOT
 from tests.projects import check_same_results, checkout, planned, repro, shell
 
@@ -129,7 +135,7 @@ def test_two_clones_give_the_same_bytes_and_so_do_stages_side_by_side(finished: 
     result = shell("python -m pipeline repro -j 2", project)
     assert result.returncode == 0, result.stdout + result.stderr
     change(finished)
-    assert repro(finished) is not None
+    assert repro(finished) == set()
     check_same_results(project, finished)
     assert repro(project) == set()
     again = shell("python -m pipeline repro", project)
@@ -172,11 +178,43 @@ def test_bad_input_ends_in_one_clear_line_and_publishes_nothing(
         "synthesize": "data/real/train data/generator data/guide data/synthetic",
         "margin_model": "data/real/train data/synthetic data/margin_model",
     }
-    result = shell(f"python -m stages.{stage} {commands[stage]}", project)
+    check_refused(shell(f"python -m stages.{stage} {commands[stage]}", project), message, project / "data" / out)
+
+
+def check_refused(result: subprocess.CompletedProcess[str], message: str, out: Path) -> None:
+    """The stage failed with one clear line and left nothing at out or beside it."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 1, result.stderr
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in result.stderr
-    assert not (project / "data" / out).exists()
-    assert not list((project / "data").rglob(".*.tmp"))
+    assert not out.exists()
+    assert not list(out.parent.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        ({"image": None}, "test.npz: wanted an array 'image', got: label"),
+        ({"image": np.zeros((3, 8, 8, 1), np.uint8)}, "test.npz: wanted one label per image, got 3 images and 4 labels"),
+        ({"label": np.array([0, 1, 2, 1])}, "test.npz: row 2: wanted a label in [0, 2), got 2"),
+        ({"image": np.zeros((4, 9, 8, 1), np.uint8)}, "wanted train and test images of one shape, got (8, 8, 1) and (9, 8, 1)"),
+        ({"image": np.zeros((4, 8, 8, 1), np.float32)}, "test.npz: 'image': wanted uint8 (n, H, W, C), got float32"),
+        (
+            {"image": np.zeros((0, 8, 8, 1), np.uint8), "label": np.zeros(0, int)},
+            "npz: wanted at least one test image, got none",
+        ),
+    ],
+    ids=["no key", "lengths", "label", "size", "type", "empty"],
+)
+def test_bad_data_ends_in_one_clear_line_and_publishes_nothing(
+    tmp_path: Path, faulty: dict[str, NDArray[Any] | None], message: str
+) -> None:
+    good: dict[str, Any] = {"image": np.zeros((4, 8, 8, 1), np.uint8), "label": np.array([0, 1, 0, 1])}
+    np.savez(tmp_path / "train.npz", **good)
+    np.savez(tmp_path / "test.npz", **{name: array for name, array in (good | faulty).items() if array is not None})
+    source = {"kind": "npz", "train": ["train.npz"], "test": ["test.npz"], "classes": ["zero", "one"]}
+    section = read_yaml(ROOT / "params.yaml")["ingest"] | {"source": source}
+    (tmp_path / "params.yaml").write_text(json.dumps({"ingest": section}))
+    result = shell(f"PYTHONPATH={ROOT} python -m stages.ingest data/real", tmp_path)
+    check_refused(result, message, tmp_path / "data/real")
