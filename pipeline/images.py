@@ -1,6 +1,8 @@
 """Image store: sharded uint8 memory maps with labels. Opening one costs no read; a batch costs only its own bytes."""
 
 import hashlib
+import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +21,11 @@ from pipeline.params import InputError, explain
 Images = NDArray[np.uint8]  # (n, H, W, C)
 Labels = NDArray[np.int64]  # (n,)
 Chunk = tuple[Images, Labels]
+
+# Bytes of images. A map that is read at random comes to lie in the memory of the process, up to 2 MB at each read of an image
+# (the kernel maps what lies about it), so a larger store is read from its files, which takes about three times as long.
+LARGEST_MAPPED = 5 * 2**27
+CHUNK_ROWS = 2**20
 
 
 class ShardEntry(BaseModel):
@@ -65,6 +72,7 @@ class ImageStore:
     digest: str
     _maps: dict[int, Images] = field(default_factory=dict, repr=False, compare=False)
     _views: dict[int, memoryview] = field(default_factory=dict, repr=False, compare=False)
+    _files: dict[int, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)  # descriptor, first byte
 
     @classmethod
     def open(cls, path: Path) -> "ImageStore":
@@ -102,6 +110,17 @@ class ImageStore:
         """
         return load_map(self.path / "labels.npy", (len(self),), np.int64)
 
+    @cached_property
+    def compact_labels(self) -> NDArray[np.integer[Any]]:
+        """All labels (n,) in memory, in as few bytes as the classes need: to be read at random, as `batch` reads images."""
+        found = np.empty(len(self), np.min_scalar_type(len(self.classes)))
+        labels = self.labels
+        assert isinstance(labels, np.memmap)
+        for first in range(0, len(self), CHUNK_ROWS):
+            part = found[first : first + CHUNK_ROWS]
+            part[:] = np.fromfile(self.path / "labels.npy", np.int64, len(part), offset=labels.offset + 8 * first)
+        return found
+
     def shard(self, index: int) -> Images:
         """One shard (count, H, W, C), memory-mapped.
 
@@ -114,16 +133,43 @@ class ImageStore:
         return self._maps[index]
 
     def batch(self, rows: NDArray[np.int64]) -> Images:
-        """Images of the given rows (B,), in their order: (B, H, W, C) uint8, a copy."""
+        """Images of the given rows (B,), in their order: (B, H, W, C) uint8, a copy. The process keeps none of the files in
+        memory if they are larger than LARGEST_MAPPED."""
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(f"{self.path}: rows must be in [0, {len(self)}), got [{rows.min()}, {rows.max()}]")
         size = prod(self.shape)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         starts = (rows - self.starts[shards]) * size
+        places = list(zip(shards.tolist(), starts.tolist(), strict=True))
+        if len(self) * size > LARGEST_MAPPED:
+            return self._read_batch(places, size)
         views = {index: self._bytes(index) for index in set(shards.tolist())}
-        images = [views[index][start : start + size] for index, start in zip(shards.tolist(), starts.tolist(), strict=True)]
+        images = [views[index][start : start + size] for index, start in places]
         # One copy of each image, which indexing with an array does not reach.
         return np.frombuffer(bytearray().join(images), np.uint8).reshape(-1, *self.shape)
+
+    def _read_batch(self, places: list[tuple[int, int]], size: int) -> Images:
+        """Images of size bytes that begin at places (shard, byte of its images)."""
+        files = {index: self._file(index) for index in {index for index, _ in places}}
+        batch = np.empty((len(places), *self.shape), np.uint8)
+        into = batch.reshape(-1).data
+        for number, (index, start) in enumerate(places):
+            file, offset = files[index]
+            done = os.preadv(file, [into[number * size : (number + 1) * size]], offset + start)
+            if done != size:
+                raise InputError(f"{self.path / shard_name(index)}: ends within an image; rebuild the store")
+        return batch
+
+    def _file(self, index: int) -> tuple[int, int]:
+        """Descriptor of the file of a shard, which is closed with the store, and where its images begin."""
+        if index not in self._files:
+            path = self.path / shard_name(index)
+            shard = load_map(path, (self.shard_counts[index], *self.shape), np.uint8)
+            assert isinstance(shard, np.memmap)
+            file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, file)
+            self._files[index] = file, shard.offset
+        return self._files[index]
 
     def _bytes(self, index: int) -> memoryview:
         if index not in self._views:

@@ -1,5 +1,6 @@
 """An image store gives back what was written, row by row, and is complete or absent."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,12 +33,16 @@ def cut(images: Images, labels: Labels, sizes: list[int]) -> list[Chunk]:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), count=st.integers(1, 30), shard_rows=st.integers(1, 35))
-def test_a_batch_equals_indexing_into_all_images(tmp_path: Path, data: st.DataObject, count: int, shard_rows: int) -> None:
+def test_a_batch_equals_indexing_into_all_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject, count: int, shard_rows: int
+) -> None:
     images, labels = sample(count)
     sizes = data.draw(st.lists(st.integers(0, 9), max_size=5))
     store = write(tmp_path / "store", cut(images, labels, sizes), shard_rows)
     rows = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=20)), np.int64)
-    np.testing.assert_array_equal(store.batch(rows), images[rows])
+    for limit in (2**30, 0):  # from maps, and from the files
+        monkeypatch.setattr("pipeline.images.LARGEST_MAPPED", limit)
+        np.testing.assert_array_equal(store.batch(rows), images[rows])
     np.testing.assert_array_equal(store.labels, labels)
     assert store.shard_counts == tuple(min(shard_rows, count - first) for first in range(0, count, shard_rows))
 
@@ -75,6 +80,50 @@ def test_a_batch_is_a_copy_that_can_be_written(tmp_path: Path) -> None:
     batch = store.batch(np.arange(5))
     batch[:] = 0
     np.testing.assert_array_equal(store.batch(np.arange(5)), images)
+
+
+def resident_mb() -> float:
+    """What maps of files hold of the memory of this process."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile")]
+    return int(line.split()[1]) / 2**10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says what is resident")
+def test_reading_all_of_a_large_store_in_random_order_brings_none_of_it_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.images.LARGEST_MAPPED", 2**20)
+    count, shape = 20_000, (32, 32, 3)
+    labels = np.random.default_rng(1).integers(0, 3, count)
+    images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], (count, *shape))
+    store = write_store(tmp_path / "store", [(images, labels)], classes=CLASSES, shape=shape, shard_rows=3000, origin={})
+    before, most = resident_mb(), 0.0
+    for rows in np.random.default_rng(0).permutation(count).reshape(-1, 100):
+        np.testing.assert_array_equal(store.batch(rows)[:, 5, 5, 1], store.compact_labels[rows])
+        most = max(most, resident_mb() - before)
+    assert most < 5  # of 59 MB
+    assert store.compact_labels.nbytes == count
+    np.testing.assert_array_equal(store.compact_labels, labels)
+
+
+def test_the_files_of_a_large_store_are_closed_with_it_and_a_cut_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.images.LARGEST_MAPPED", 0)
+    store = write(tmp_path / "store", [sample(9)])
+    store.batch(np.arange(9))
+
+    def open_files() -> list[Path]:
+        return [path for path in Path("/proc/self/fd").iterdir() if str(path.resolve()).startswith(str(tmp_path))]
+
+    assert len(open_files()) == 4  # three shards, and the map of the labels
+    path = tmp_path / "store" / "images-00001.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"images-00001\.npy: ends within an image; rebuild the store"):
+        store.batch(np.array([0, 7]))
+    del store
+    gc.collect()
+    assert not open_files()
 
 
 def test_opening_a_store_reads_no_image(tmp_path: Path) -> None:
@@ -150,9 +199,11 @@ def damage(path: Path, how: str) -> None:
         np.save(path, np.zeros((2, 2), np.int16))
 
 
+@pytest.mark.parametrize("limit", [2**30, 0])
 @pytest.mark.parametrize("how", ["missing", "cut short", "of another shape"])
 @pytest.mark.parametrize("name", ["labels.npy", "images-00000.npy"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, how: str) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str, limit: int) -> None:
+    monkeypatch.setattr("pipeline.images.LARGEST_MAPPED", limit)
     write(tmp_path / "store", [(IMAGES, LABELS)])
     damage(tmp_path / "store" / name, how)
     with pytest.raises(InputError, match=f"{name}: .*; rebuild the store"):

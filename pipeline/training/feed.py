@@ -40,7 +40,7 @@ class Mapped:
         for pool, first in zip(self.pools, self.first, strict=False):
             here = np.flatnonzero((places >= first) & (places < first + len(pool)))
             rows = pool.rows[places[here] - first].astype(np.int64)
-            images[here], labels[here] = pool.store.batch(rows), pool.store.labels[rows]
+            images[here], labels[here] = pool.store.batch(rows), pool.store.compact_labels[rows]
             eps[here] = pool.eps[places[here] - first]
         rows = Rows(*map(torch.from_numpy, (images, labels, eps)))
         return Rows(rows.images.pin_memory(), rows.labels.pin_memory(), rows.eps) if self.pinned else rows
