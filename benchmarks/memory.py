@@ -97,7 +97,7 @@ def measure_margins(folder: Path, rows: int) -> None:
     for index, shard in enumerate(shards(stores, SHARD_ROWS).values()):
         write_shard(
             out / f"part-{index:05d}.parquet", model, stores[shard["source"]], **shard,
-            model_digest="", progress=lambda *_: None, **common,  # type: ignore[arg-type]
+            scale=None, model_digest="", progress=lambda *_: None, **common,  # type: ignore[arg-type]
         )  # fmt: skip
     write_quality(out, model, stores, **common)  # type: ignore[arg-type]
 

@@ -23,7 +23,7 @@ class DeepFoolParams(Section):
 
     max_iterations: PositiveInt = 50
     overshoot: NonNegativeFloat = 0.02
-    first_candidates: PositiveInt | None = 3
+    first_candidates: PositiveInt | None = 2
     candidates: PositiveInt | None = 1
     box: bool = True
     refine_steps: NonNegativeInt | None = 2
@@ -34,7 +34,7 @@ class DeepFoolResult:
     """All of length B. `margin`: signed distance in the norm of the ball and the pixel range, negative where the model
     gets the label wrong, NaN where not converged. `nearest`: class across the boundary, -1 where not converged.
     `logits` (B, K) of the unperturbed images; `x_adv` (B, C, H, W) is across the boundary where converged: the first point
-    found there, farther out than the margin."""
+    found there, farther out than the margin (on it where that is 0)."""
 
     margin: Tensor
     nearest: Tensor
@@ -52,10 +52,11 @@ def deepfool(
     ball: Ball,
     max_iterations: int = 50,
     overshoot: float = 0.02,
-    first_candidates: int | None = 3,
+    first_candidates: int | None = 2,
     candidates: int | None = 1,
     box: bool = True,
     refine_steps: int | None = 2,
+    scale: Tensor | None = None,
 ) -> DeepFoolResult:
     """Untargeted from the label y (B,) of x (B, C, H, W) in [0, 1]. Each iteration linearises the model, takes the
     class k that minimises (f_y - f_k) / ||grad (f_y - f_k)||_dual and steps onto that hyperplane (eq. 8 to 11); a
@@ -63,17 +64,20 @@ def deepfool(
 
     The margin ends on the boundary; the `overshoot`, a share of the gap f_y - f_k of the step or of the clean image, the
     larger one, only makes the step cross. For an affine model without a box the margin is exact (for a misclassified
-    sample when one hyperplane separates it from its class, else an upper bound of the distance). Departures from the
-    paper: inside the box the step is the shortest that reaches the hyperplane (implementations clip and fall short), and
-    the boundary is looked for on the last segment. `class_scale` tells which classes are candidates. The model is not
-    changed and must be in eval mode.
+    sample when one hyperplane separates it from its class, else an upper bound of the distance: the way back is a sum of
+    steps, about a quarter too long in Linf when two classes are ahead). A sample on the boundary has margin 0. Departures
+    from the paper: inside the box the step is the shortest that reaches the hyperplane (implementations clip and fall
+    short), and the boundary is looked for on the last segment. `scale` (K, K), of `gradient_scale` or else of `class_scale`,
+    tells which classes are candidates. The model is not changed and must be in eval mode.
 
     Raises:
-        ValueError: the model is in training mode, or its logits are not finite.
+        ValueError: the model is in training mode, its logits are not finite, or x is not in the box.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("deepfool needs the model in eval mode: BatchNorm and dropout would couple or randomise the samples")
-    scale = class_scale(model)
+    if box and len(x) and not bool((x.amin() >= 0) & (x.amax() <= 1)):
+        raise ValueError(f"deepfool needs x in [0, 1], got [{x.amin():.3g}, {x.amax():.3g}]; normalise inside the model")
+    scale = class_scale(model) if scale is None else scale
     plane = nearest_hyperplane(model, x, y, ball, candidates=first_candidates, scale=scale)
     logits = logits_clean = plane.logits
     if not bool(torch.isfinite(logits_clean).all()):
@@ -81,7 +85,7 @@ def deepfool(
     correct, gap_clean = logits_clean.argmax(dim=1) == y, -cw_margin(logits_clean, y)
     delta, before, x_adv = torch.zeros_like(x), x.clone(), x.clone()  # before: the last point on this side of the boundary
     gap_before, gap_at, share = gap_clean.clone(), gap_clean.clone(), torch.ones_like(gap_clean)  # f_y - max other f
-    bent = torch.zeros_like(correct)
+    bent, tied = torch.zeros_like(correct), gap_clean == 0
     iterations, nearest = torch.zeros_like(y), torch.full_like(y, -1)
     active = torch.arange(len(x), device=x.device)
 
@@ -89,35 +93,38 @@ def deepfool(
         return step_in_box(gap, grad, z, ball) if box else step_onto(gap, grad, ball)
 
     for iteration in range(max_iterations):
-        labels, start, z = y[active], x[active], x_adv[active]
+        labels, start, z, was_correct = y[active], x[active], x_adv[active], correct[active]
         if iteration > 0:
             plane = nearest_hyperplane(model, z, labels, ball, candidates=candidates, scale=scale, known=logits)
         before[active], gap_before[active] = z, -cw_margin(plane.logits, labels)
         if refine_steps is None:
             delta[active] = z + step(plane.gap, plane.grad, z) - start
-        foretold = -overshoot * torch.sign(plane.gap) * torch.maximum(plane.gap.abs(), gap_clean[active].abs())
+        side = torch.where(was_correct, 1.0, -1.0).to(x.dtype)
+        foretold = -overshoot * side * torch.maximum(plane.gap.abs(), gap_clean[active].abs())
         x_adv[active] = z + step(plane.gap - foretold, plane.grad, z)
         iterations[active] += 1
 
         with torch.no_grad():
             logits = model(x_adv[active])
-        predicted, was_correct = logits.argmax(dim=1), correct[active]
+        predicted = logits.argmax(dim=1)
         gap_at[active] = -cw_margin(logits, labels)
         reached = (logits.gather(1, labels[:, None]) - logits.gather(1, plane.nearest[:, None])).squeeze(1)
         share[active] = share_of_root(plane.gap, reached)
-        bent[active] = (reached - foretold).abs() > LINEAR * (reached - plane.gap).abs()
-        bent[active] |= ~was_correct & (gap_at[active] < reached)  # another class is the last that is still ahead
-        crossed = (predicted == labels) ^ was_correct
-        nearest[active[crossed]] = torch.where(was_correct, predicted, plane.nearest)[crossed]
-        active, logits = active[~crossed], logits[~crossed]
+        # The last segment is not straight enough, or a class other than the foretold one is the first across.
+        bent[active] = ((reached - foretold).abs() > LINEAR * (reached - plane.gap).abs()) | (gap_at[active] < reached)
+        crossed = ((predicted == labels) ^ was_correct) | tied[active]
+        across = torch.where(was_correct & ~tied[active], predicted, plane.nearest)
+        nearest[active] = torch.where(crossed, across, -1)
+        going = (~crossed).nonzero().squeeze(1)
+        active, logits = active[going], logits[going]
         if len(active) == 0:
             break
 
     converged = nearest >= 0
     if refine_steps is not None:
         last = Segment(before, gap_before, x_adv, gap_at)
-        delta, bent = last.at(share) - x, bent & converged
-        delta[bent] = narrow(model, last.rows(bent), y[bent], refine_steps).root() - x[bent]
+        delta, rows = last.at(share) - x, (bent & converged).nonzero().squeeze(1)
+        delta[rows] = narrow(model, last.rows(rows), y[rows], refine_steps).root() - x[rows]
     sign = torch.where(correct, 1.0, -1.0).to(x.dtype)
     margin = torch.where(converged, sign * ball.norm(delta), torch.nan)
     return DeepFoolResult(margin, nearest, iterations, converged, logits_clean, x_adv)

@@ -9,6 +9,8 @@ from pipeline.balls import Ball, per_sample
 from pipeline.models.inference import MixedPrecision
 
 NEWTON_STEPS = 8
+CALIBRATION_BATCH = 16
+MOST_CALIBRATED = 128  # classes: the gradients of all of them are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,27 @@ def nearest_hyperplane(
 def class_scale(model: nn.Module) -> Tensor | None:
     """||w_i - w_j||_2 (K, K) for the weights of the last linear layer, which foretells ||grad (f_i - f_j)|| up to a factor
     per sample: exact for a linear head on features with orthogonal gradients. None where there is no linear layer."""
-    heads = [module.weight.float() for module in model.modules() if isinstance(module, nn.Linear)]
+    exact = model.exact if isinstance(model, MixedPrecision) else model
+    heads = [module.weight for module in exact.modules() if isinstance(module, nn.Linear)]
     return torch.cdist(heads[-1], heads[-1]) if heads else None
+
+
+def gradient_scale(model: nn.Module, x: Tensor, ball: Ball) -> Tensor:
+    """Mean of ||grad (f_i - f_j)||_dual over images x (N, C, H, W): (K, K). It foretells the norm at other images better than
+    `class_scale`, for K backward passes an image."""
+    total = torch.zeros(())
+    for part in x.split(CALIBRATION_BATCH):
+        z = part.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(z)
+        classes = logits.shape[1]
+        slopes = [
+            torch.autograd.grad(logits[:, k].sum(), z, retain_graph=k < classes - 1)[0].flatten(1) for k in range(classes)
+        ]
+        grads = torch.stack(slopes, dim=1)  # (n, K, D)
+        norms = [ball.dual_norm((grads - grad[:, None]).flatten(0, 1)).view(len(part), classes) for grad in slopes]
+        total = total.to(grads) + torch.stack(norms).sum(dim=1)
+    return total / len(x)
 
 
 def rank_classes(logits: Tensor, y: Tensor, count: int | None, scale: Tensor | None) -> Tensor:

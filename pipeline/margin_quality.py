@@ -1,5 +1,6 @@
 """What the margins are worth: rows without one, agreement with a tighter estimate, and what a repetition changes."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pipeline.artifacts import SOURCES, write_json
 from pipeline.balls import Ball
 from pipeline.batches import to_tensor
 from pipeline.images import ImageStore
-from pipeline.margins import MarginsSection, measure, quality
+from pipeline.margins import MarginsSection, foretold_norms, measure, quality
 from pipeline.params import InputError
 from pipeline.randomness import numpy_stream
 
@@ -42,23 +43,40 @@ def write_quality(
     if found["not_converged"] > settings.max_not_converged:
         raise InputError(
             f"margins: wanted at most {settings.max_not_converged:.2%} of the rows without a margin, got "
-            f"{found['not_converged']:.2%}; raise margins.deepfool.max_iterations or margins.max_not_converged"
+            f"{found['not_converged']:.2%} (most in {worst_classes(found['by_class'])}); raise "
+            f"margins.deepfool.max_iterations or margins.max_not_converged"
         )
     places = sample_places(stores, settings.quality.sample_rows, settings.quality.seed)
     if len(places):
         table = margins_at(directory, places)
         closer = settings.model_copy(update={"estimator": "tight", "grand": False})
         again = settings.model_copy(update={"grand": False})
-        found["tight"] = agreement(table, measure_again(model, stores, places, ball, closer, device))
-        halves = [measure_again(model, stores, half, ball, again, device) for half in np.array_split(places[::-1], 2)]
+        scale = foretold_norms(model, stores["real"], ball, settings, device)
+        found["tight"] = agreement(table, measure_again(model, stores, places, ball, closer, scale, device))
+        halves = [measure_again(model, stores, half, ball, again, scale, device) for half in np.array_split(places[::-1], 2)]
         found["repeated"] = difference(table, np.concatenate(halves)[::-1])
     write_json(directory / "quality.json", found)
 
 
+def worst_classes(by_class: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The three classes with the most rows without a margin, in words."""
+    counts = [
+        (row["not_converged"], row["rows"], f"{source} class {label}")
+        for source, rows in by_class.items()
+        for label, row in rows.items()
+    ]
+    return ", ".join(f"{name}: {lost} of {total}" for lost, total, name in sorted(counts, reverse=True)[:3] if lost)
+
+
 def sample_places(stores: dict[str, ImageStore], count: int, seed: int) -> Rows:
-    """Positions (n,), ascending, of at most count rows in the table, whose sources follow each other."""
-    total = sum(len(stores[source]) for source in SOURCES)
-    return np.sort(numpy_stream(seed, 0, "quality").choice(total, min(count, total), replace=False))
+    """Positions (n,), ascending, of at most count rows in the table, whose sources follow each other; as many of each source,
+    so that a few real rows are not lost among millions of synthetic ones."""
+    sizes = {source: len(stores[source]) for source in SOURCES if len(stores[source])}
+    rng, start, found = numpy_stream(seed, 0, "quality"), 0, [np.empty(0, np.int64)]
+    for size in sizes.values():
+        found.append(start + np.sort(rng.choice(size, min(math.ceil(count / len(sizes)), size), replace=False)))
+        start += size
+    return np.concatenate(found)
 
 
 def margins_at(directory: Path, places: Rows) -> Floats:
@@ -79,6 +97,7 @@ def measure_again(
     places: Rows,
     ball: Ball,
     settings: MarginsSection,
+    scale: torch.Tensor | None,
     device: torch.device,
 ) -> Floats:
     """The margins (n,) of the rows at places (n,), in their order, NaN where there is none."""
@@ -88,9 +107,7 @@ def measure_again(
         for first in range(0, len(rows), settings.batch_size):
             now = slice(first, first + settings.batch_size)
             x, y = to_tensor(store.batch(rows[now]), device), torch.from_numpy(store.labels[rows[now]]).to(device)
-            margins[where[now]] = measure(model, x, y, rows[now], source, ball, settings)["margin"].to_numpy(
-                zero_copy_only=False
-            )
+            margins[where[now]] = measure(model, x, y, rows[now], source, ball, settings, scale)["margin"]
     return margins
 
 

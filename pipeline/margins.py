@@ -10,22 +10,26 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.artifacts import MARGINS_SCHEMA, SOURCES, place, read_table, write_table
 from pipeline.balls import Ball
-from pipeline.batches import stream
+from pipeline.batches import stream, to_tensor
 from pipeline.deepfool import DeepFoolParams, DeepFoolResult, deepfool
+from pipeline.hyperplanes import MOST_CALIBRATED, gradient_scale
 from pipeline.images import ImageStore
 from pipeline.losses import cross_entropy, cw_margin
 from pipeline.models.inference import inference_copy
 from pipeline.params import InputError, Section
+from pipeline.randomness import numpy_stream
 from pipeline.tight import TightParams, tight
 
 Progress = Callable[[int, int], None]  # done, total
 COUNTS = ("rows", "not_converged", "misclassified")
+MEASURED = [name for name in MARGINS_SCHEMA.names if name not in ("source", "row")]
 
 
 class QualityParams(Section):
@@ -37,13 +41,15 @@ class QualityParams(Section):
 
 class MarginsSection(Section):
     """`estimator`: DeepFool as in the paper, or `tight`, which goes on from it and is several times slower. `bf16` takes
-    gradients in bfloat16. `grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The
-    stage fails when more than the share `max_not_converged` of the rows has no margin."""
+    gradients in bfloat16. All gradients at `calibration_rows` real images foretell which classes are near (0: the weights
+    of the last layer do). `grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The stage
+    fails when more than the share `max_not_converged` of the rows has no margin."""
 
     estimator: Literal["deepfool", "tight"] = "deepfool"
     deepfool: DeepFoolParams
     tight: TightParams = TightParams()
     bf16: bool = False
+    calibration_rows: NonNegativeInt = 128
     grand: bool
     batch_size: PositiveInt
     shard_rows: PositiveInt
@@ -61,6 +67,19 @@ def shards(stores: dict[str, ImageStore], shard_rows: int) -> dict[str, dict[str
     }
 
 
+def foretold_norms(
+    model: nn.Module, real: ImageStore, ball: Ball, settings: MarginsSection, device: torch.device
+) -> Tensor | None:
+    """By which DeepFool chooses its candidates: `gradient_scale` at the same real images for every shard, so that the margin
+    of a row does not depend on the shards. None, which leaves it to the weights of the last layer, where there are many
+    classes."""
+    count = min(settings.calibration_rows, len(real))
+    if not count or len(real.classes) > MOST_CALIBRATED:
+        return None
+    rows = np.sort(numpy_stream(0, 0, "calibration").choice(len(real), count, replace=False))
+    return gradient_scale(fast_copy(model, False), to_tensor(real.batch(rows), device), ball)
+
+
 def write_shard(
     path: Path,
     model: nn.Module,
@@ -71,11 +90,12 @@ def write_shard(
     stop: int,
     ball: Ball,
     settings: MarginsSection,
+    scale: Tensor | None,
     model_digest: str,
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Measure the rows [start, stop) of a store into one Parquet file.
+    """Measure the rows [start, stop) of a store into one Parquet file. `scale` is that of `foretold_norms`.
 
     Raises:
         InputError: the model gives no finite logits.
@@ -85,60 +105,71 @@ def write_shard(
         "deepfool": json.dumps(settings.deepfool.model_dump(), sort_keys=True),
         "margin_model": model_digest,
     }
-    batches = []
+    # One array a column for the whole shard: the small arrays of single batches would keep freed memory in pieces.
+    columns = {name: np.empty(stop - start, MARGINS_SCHEMA.field(name).type.to_pandas_dtype()) for name in MEASURED}
     for rows, x, y in stream(store, settings.batch_size, start, stop, device):
-        batches.append(measure(model, x, y, rows, source, ball, settings))
+        found = measure(model, x, y, rows, source, ball, settings, scale)
+        for name, values in columns.items():
+            values[rows[0] - start : rows[-1] + 1 - start] = found[name]
         progress(int(rows[-1]) + 1 - start, stop - start)
-    write_table(path, pa.Table.from_batches(batches, schema=MARGINS_SCHEMA), metadata)
+    write_table(path, as_table(columns, source, start), metadata)
 
 
 def measure(
-    model: nn.Module, x: Tensor, y: Tensor, rows: np.ndarray, source: str, ball: Ball, settings: MarginsSection
-) -> pa.RecordBatch:
-    """All columns of the margin table for images x (B, C, H, W) in [0, 1] with labels y (B,)."""
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    rows: NDArray[np.int64],
+    source: str,
+    ball: Ball,
+    settings: MarginsSection,
+    scale: Tensor | None,
+) -> dict[str, NDArray[np.generic]]:
+    """The `MEASURED` columns (B,) for images x (B, C, H, W) in [0, 1] with labels y (B,): NaN and -1 where there is none."""
     try:
-        result = estimate(model, x, y, ball, settings)
+        result = estimate(model, x, y, ball, settings, scale)
     except ValueError as error:
         raise InputError(f"margins, {source} rows {rows[0]} to {rows[-1]}: {error}") from None
-    columns: dict[str, Tensor | np.ndarray] = {
-        "row": rows,
-        "label": y,
-        "predicted": result.logits.argmax(dim=1),
-        "iterations": result.iterations,
-        "converged": result.converged,
-        **scores(result.logits, y),
+    grands = grand(model, x, y) if settings.grand else torch.full_like(result.margin, torch.nan)
+    floats = {"margin": result.margin, **scores(result.logits, y), "grand": grands}
+    integers = {"label": y, "predicted": result.logits.argmax(dim=1), "nearest": result.nearest}
+    integers |= {"iterations": result.iterations, "converged": result.converged.long()}
+    # One transfer from the device for each kind.
+    return {
+        name: values
+        for group in (floats, integers)
+        for name, values in zip(group, torch.stack(list(group.values())).cpu().numpy(), strict=True)
     }
-    arrays = {name: as_arrow(name, values) for name, values in columns.items()}
-    unknown = ~result.converged.cpu().numpy()
-    arrays["margin"] = as_arrow("margin", result.margin, unknown)
-    arrays["nearest"] = as_arrow("nearest", result.nearest, unknown)
-    arrays["source"] = pa.DictionaryArray.from_arrays(np.full(len(rows), SOURCES.index(source), np.int8), list(SOURCES))
-    if settings.grand:
-        arrays["grand"] = as_arrow("grand", grand(model, x, y))
-    else:
-        arrays["grand"] = pa.nulls(len(rows), pa.float32())
-    return pa.RecordBatch.from_arrays([arrays[name] for name in MARGINS_SCHEMA.names], schema=MARGINS_SCHEMA)
 
 
-def estimate(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, settings: MarginsSection) -> DeepFoolResult:
-    """Signed margins by the estimator of the settings, computed on a fast copy of the model."""
+def as_table(columns: dict[str, NDArray[np.generic]], source: str, start: int) -> pa.Table:
+    """The margin table of the rows from start on, null where there is no number."""
+    count = len(columns["margin"])
+    unknown = ~columns["converged"].astype(bool)
+    masks = {"margin": unknown, "nearest": unknown, "grand": np.isnan(columns["grand"])}
+    arrays = {name: pa.array(values, MARGINS_SCHEMA.field(name).type, mask=masks.get(name)) for name, values in columns.items()}
+    arrays["row"] = pa.array(np.arange(start, start + count))
+    arrays["source"] = pa.DictionaryArray.from_arrays(np.full(count, SOURCES.index(source), np.int8), list(SOURCES))
+    return pa.table([arrays[name] for name in MARGINS_SCHEMA.names], schema=MARGINS_SCHEMA)
+
+
+def estimate(
+    model: nn.Module, x: Tensor, y: Tensor, ball: Ball, settings: MarginsSection, scale: Tensor | None
+) -> DeepFoolResult:
+    """Signed margins by the estimator of the settings, computed on a fast copy of the model, in true float32 on a GPU too."""
     fast = fast_copy(model, settings.bf16)
     common = settings.deepfool.model_dump()
-    if settings.estimator == "tight":
-        return tight(fast, x, y, ball=ball, **settings.tight.model_dump(), **common)
-    return deepfool(fast, x, y, ball=ball, **common)
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+        if settings.estimator == "tight":
+            return tight(fast, x, y, ball=ball, **settings.tight.model_dump(), **common)
+        return deepfool(fast, x, y, ball=ball, scale=scale, **common)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # in float32, and in bfloat16 where that is asked for
 def fast_copy(model: nn.Module, bf16: bool) -> nn.Module:
     """As `inference_copy`; kept for the next batch, so the weights of the model must not change in between."""
     return inference_copy(model, bf16=bf16)
-
-
-def as_arrow(name: str, values: Tensor | np.ndarray, mask: np.ndarray | None = None) -> pa.Array:
-    kind = MARGINS_SCHEMA.field(name).type
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else values
-    return pa.array(array.astype(kind.to_pandas_dtype()), kind, mask=mask)
 
 
 def scores(logits: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 Stream = Literal[
-    "real_order", "synthetic_draw", "augmentation", "attack", "holdout", "selection", "cutmix", "reference", "quality"
-]
+    "real_order", "synthetic_draw", "augmentation", "attack", "holdout", "selection", "cutmix", "reference", "quality",
+    "calibration",
+]  # fmt: skip
 _STREAMS: tuple[Stream, ...] = get_args(Stream)  # new ones go to the end: the place is part of the seed
 
 

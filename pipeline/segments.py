@@ -19,9 +19,9 @@ class Segment:
     there: Tensor
     gap_there: Tensor
 
-    def rows(self, mask: Tensor) -> "Segment":
-        """The segments where mask (B,) is true."""
-        return Segment(self.here[mask], self.gap_here[mask], self.there[mask], self.gap_there[mask])
+    def rows(self, chosen: Tensor) -> "Segment":
+        """Some of the segments, by index."""
+        return Segment(self.here[chosen], self.gap_here[chosen], self.there[chosen], self.gap_there[chosen])
 
     def at(self, share: Tensor) -> Tensor:
         """The points (B, ...) at a share (B,) of the way."""

@@ -41,10 +41,11 @@ def tight(
     tangent plane inside the box, and find the boundary between the projection and the image (where the projection is
     across) or the last point across. The idea of SuperDeepFool (Abdollahpour et al., arXiv:2303.12481), whose projection
     is for L2 without a box, and of FAB (Croce & Hein, arXiv:1907.02044, eq. 7), which also projects for other norms."""
-    start = deepfool(model, x, y, ball=ball, box=box, **{**settings, "first_candidates": None, "candidates": 3})
+    own = {"first_candidates": None, "candidates": 3, "refine_steps": None}
+    start = deepfool(model, x, y, ball=ball, box=box, **{**settings, **own})
     rows = start.converged.nonzero().squeeze(1)
     image, labels = x[rows], y[rows]
-    gap_image = gap_at(model, image, labels)
+    gap_image = -cw_margin(start.logits[rows], labels)
     across = start.x_adv[rows]
     found = narrow(model, Segment(image, gap_image, across, gap_at(model, across, labels)), labels, search_steps)
     best, length = found.there, ball.norm(found.root() - image)

@@ -7,7 +7,7 @@ from pipeline.balls import BALLS
 from pipeline.execution import Task, device, stage_run
 from pipeline.images import ImageStore
 from pipeline.margin_quality import write_quality
-from pipeline.margins import MarginsSection, place_parts, shards, write_shard
+from pipeline.margins import MarginsSection, foretold_norms, place_parts, shards, write_shard
 from pipeline.models.checkpoint import load_model
 from pipeline.params import StageParams
 from pipeline.stage import run
@@ -24,11 +24,13 @@ class MarginsParams(StageParams):
 def measure(task: Task, train_path: Path, synthetic_path: Path, model_path: Path, source: str, start: int, stop: int) -> None:
     """The margins of one shard."""
     params = MarginsParams.model_validate_json(task.params)
-    store = ImageStore.open({"real": train_path, "synthetic": synthetic_path}[source])
+    stores = {"real": ImageStore.open(train_path), "synthetic": ImageStore.open(synthetic_path)}
     model, description = load_model(model_path / "best", device())
+    ball = BALLS[params.threat.norm]
+    scale = foretold_norms(model, stores["real"], ball, params.margins, device())
     write_shard(
-        task.output / PART, model, store, source=source, start=start, stop=stop, ball=BALLS[params.threat.norm],
-        settings=params.margins, model_digest=description["digest"], device=device(), progress=task.report,
+        task.output / PART, model, stores[source], source=source, start=start, stop=stop, ball=ball, settings=params.margins,
+        scale=scale, model_digest=description["digest"], device=device(), progress=task.report,
     )  # fmt: skip
 
 

@@ -233,7 +233,7 @@ def test_check_wants_ones_own_module_in_dvc_yaml_and_deps_puts_it_there(
     project_module.correct_code_deps(write=True)
     deps = {name: entry.get("do", entry)["deps"] for name, entry in read_yaml(Path("dvc.yaml"))["stages"].items()}
     having = {name for name, listed in deps.items() if {"mynets.py", "more.py"} <= {*listed}}
-    assert having == {"guide", "synthesize", "margin_model", "judge", "margins", "train", "evaluate"}
+    assert having == {"guide", "synthesize", "margin_model", "judge", "margins", "train", "evaluate", "report"}
     run = store.RunStore(folder / ".runs/train@puma-0/key")
     run.path.mkdir(parents=True)
     assert {path.name for path in run.snapshot_code().iterdir()} == {"more.py", "mynets.py", "pipeline", "stages"}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.balls import BALLS, Ball
 from pipeline.deepfool import deepfool
-from pipeline.hyperplanes import class_scale, rank_classes, step_in_box
+from pipeline.hyperplanes import class_scale, gradient_scale, rank_classes, step_in_box
 from pipeline.models.inference import inference_copy
 from tests.conftest import untrained
 
@@ -159,25 +159,79 @@ def test_every_misclassified_sample_finds_its_way_back_between_two_boundaries(ba
 
 
 @both
-def test_batch_size_and_order_change_a_float32_margin_by_rounding_alone(ball: Ball) -> None:
-    """Not to the last bit: the kernels of a matrix product depend on the number of its rows."""
-    model = inference_copy(untrained())
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_float32_margin_is_the_same_to_the_last_bit_whatever_the_batch_and_the_order(ball: Ball, bf16: bool) -> None:
+    model = inference_copy(untrained(), bf16=bf16)
     x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(64) % 10
-    whole = deepfool(model, x, y, ball=ball, first_candidates=None)
+    y = torch.where(torch.arange(64) % 4 > 0, model(x).argmax(dim=1), torch.arange(64) % 10)
+    whole = deepfool(model, x, y, ball=ball).margin
+    assert whole.isfinite().float().mean() > 0.7
     for size in (1, 7, 32):
-        pieces = [
-            deepfool(model, a, b, ball=ball, first_candidates=None) for a, b in zip(x.split(size), y.split(size), strict=True)
-        ]
-        torch.testing.assert_close(torch.cat([p.margin for p in pieces]), whole.margin, rtol=1e-4, atol=1e-6, equal_nan=True)
+        pieces = [deepfool(model, a, b, ball=ball).margin for a, b in zip(x.split(size), y.split(size), strict=True)]
+        torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=0, equal_nan=True)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(
-        deepfool(model, x[order], y[order], ball=ball, first_candidates=None).margin,
-        whole.margin[order],
-        rtol=1e-4,
-        atol=1e-6,
-        equal_nan=True,
-    )
+    shuffled = deepfool(model, x[order], y[order], ball=ball).margin
+    torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=0, equal_nan=True)
+
+
+@both
+def test_a_sample_on_the_boundary_has_margin_zero(ball: Ball) -> None:
+    model = Affine(3, 48, seed=0).eval()
+    with torch.no_grad():
+        model.weight[1], model.bias[1] = model.weight[0], model.bias[0]
+        model.bias[2] = -100
+    x = torch.rand(8, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for label in (0, 1):  # the one that argmax takes, and the other
+        result = deepfool(model, x, torch.full((8,), label), ball=ball, first_candidates=None)
+        assert bool(result.converged.all())
+        assert result.margin.tolist() == [0.0] * 8
+        assert result.nearest.tolist() == [1 - label] * 8
+
+
+@both
+def test_the_margin_ends_where_the_first_class_crosses_though_another_was_foretold(ball: Ball) -> None:
+    model = Affine(3, 48, seed=0).eval()
+    with torch.no_grad():  # at x = 0.5: class 1 is ahead by logit (gap 1, slope 1), class 2 by distance (1.05, slope 2)
+        model.weight[:] = 0
+        model.weight[1, 0], model.weight[2, 0] = 1, 2
+        model.bias[:] = torch.tensor([0, -1.5, -2.05])
+    x, y = torch.full((4, 3, 4, 4), 0.5, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    result = deepfool(model, x, y, ball=ball, box=False, first_candidates=1)
+    assert result.nearest.tolist() == [2] * 4
+    torch.testing.assert_close(result.margin, exact_margin(model, x, y, ball))
+    torch.testing.assert_close(result.margin, torch.full_like(result.margin, 0.525))
+
+
+@both
+def test_images_outside_of_the_box_are_refused(ball: Ball) -> None:
+    x = torch.full((2, 1, 8, 8), 1.5)
+    with pytest.raises(ValueError, match=r"needs x in \[0, 1\], got \[1.5, 1.5\]"):
+        deepfool(untrained(), x, torch.zeros(2, dtype=torch.int64), ball=ball)
+
+
+@both
+def test_the_way_back_of_a_misclassified_sample_is_not_much_longer_than_the_shortest(ball: Ball) -> None:
+    """Steps onto one hyperplane after the other, against the exact distance by linear or quadratic programming."""
+    model = Affine(4, 12, seed=6).eval()
+    x = torch.rand(40, 1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wrong = model(x).argsort(dim=1)[:, 1]  # of true rank 3
+    result = deepfool(model, x, wrong, ball=ball, box=False, first_candidates=None, candidates=None)
+    weight, bias = model.weight.detach().numpy(), model.bias.detach().numpy()
+    ratios = []
+    for image, label, margin in zip(x.flatten(1).numpy(), wrong.tolist(), result.margin.tolist(), strict=True):
+        others = [k for k in range(4) if k != label]
+        slope, need = weight[others] - weight[label], (bias[label] - bias[others]) - (weight[others] - weight[label]) @ image
+        if ball.name == "linf":
+            above, below = np.c_[np.eye(12), -np.ones(12)], np.c_[-np.eye(12), -np.ones(12)]
+            rows = np.r_[np.c_[slope, np.zeros(3)], above, below]
+            exact = linprog(np.r_[np.zeros(12), 1], rows, np.r_[need, np.zeros(24)], bounds=[(None, None)] * 13).fun
+        else:
+            constraint = {"type": "ineq", "fun": lambda d, s=slope, n=need: n - s @ d}
+            exact = np.sqrt(minimize(lambda d: d @ d, np.zeros(12), constraints=constraint, tol=1e-12).fun)  # type: ignore[call-overload]
+        ratios.append(-margin / exact)
+    assert min(ratios) >= 1 - 1e-5
+    assert np.median(ratios) <= {"linf": 1.3, "l2": 1.05}[ball.name]
+    assert max(ratios) <= {"linf": 1.7, "l2": 1.2}[ball.name]
 
 
 @both
@@ -208,6 +262,17 @@ def test_classes_are_ranked_by_gap_over_the_distance_of_their_weights() -> None:
     assert rank_classes(logits, y, None, scale).tolist() == [[1, 2], [1, 2]]  # 2 / 5 before 0.5 / 1
     assert rank_classes(logits, y, 1, None).tolist() == [[2], [2]]
     assert class_scale(nn.Flatten()) is None
+    assert (found := class_scale(inference_copy(head, bf16=True))) is not None
+    assert torch.equal(found, scale)  # of the float32 weights
+
+
+@both
+def test_the_gradients_foretell_the_exact_norms_of_an_affine_model(ball: Ball) -> None:
+    model = Affine(5, 48, seed=0).eval()
+    x = torch.rand(20, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    differences = (model.weight[:, None] - model.weight[None]).detach()
+    exact = torch.linalg.vector_norm(differences, ord={"linf": 1, "l2": 2}[ball.name], dim=2)
+    torch.testing.assert_close(gradient_scale(model, x, ball), exact)
 
 
 def test_a_sample_that_does_not_converge_has_no_number() -> None:

@@ -61,7 +61,7 @@ def test_the_margins_of_the_sample_are_read_from_their_parts(written: Path) -> N
 
 def test_measuring_again_gives_the_margins_of_the_table(written: Path, stores: dict[str, ImageStore]) -> None:
     places = np.array([401, 7, 3, 599])
-    again = measure_again(untrained(), stores, places, BALLS["linf"], settings(grand=False), CPU)
+    again = measure_again(untrained(), stores, places, BALLS["linf"], settings(grand=False), None, CPU)
     np.testing.assert_allclose(again, margins_at(written, np.sort(places))[[2, 1, 0, 3]], rtol=1e-3, atol=1e-6)
     found = read_json(written / "quality.json")
     assert found["repeated"]["rows"] == 40
@@ -90,9 +90,9 @@ def test_agreement_and_difference_equal_numpy_and_leave_missing_margins_out() ->
 def test_the_estimator_of_the_settings_is_the_one_used(stores: dict[str, ImageStore]) -> None:
     places = np.arange(32)
     sections: list[MarginsSection] = [settings(grand=False), settings(grand=False, estimator="tight")]
-    plain, closer = (measure_again(untrained(), stores, places, BALLS["l2"], section, CPU) for section in sections)
+    plain, closer = (measure_again(untrained(), stores, places, BALLS["l2"], section, None, CPU) for section in sections)
     assert np.nanmedian(np.abs(closer)) < np.nanmedian(np.abs(plain))
-    mixed = measure_again(untrained(), stores, places, BALLS["l2"], settings(grand=False, bf16=True), CPU)
+    mixed = measure_again(untrained(), stores, places, BALLS["l2"], settings(grand=False, bf16=True), None, CPU)
     assert not np.array_equal(mixed, plain, equal_nan=True)
     known = np.isfinite(plain) & np.isfinite(mixed)
     assert spearmanr(plain[known], mixed[known]).statistic > 0.99

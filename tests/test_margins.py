@@ -8,8 +8,8 @@ from pipeline.artifacts import MARGINS_SCHEMA, read_json, read_table
 from pipeline.balls import BALLS
 from pipeline.deepfool import DeepFoolParams, deepfool
 from pipeline.images import ImageStore
-from pipeline.margin_quality import write_quality
-from pipeline.margins import MarginsSection, grand, place_parts, scores, shards, write_shard
+from pipeline.margin_quality import sample_places, write_quality
+from pipeline.margins import MarginsSection, foretold_norms, grand, place_parts, scores, shards, write_shard
 from pipeline.params import InputError
 from tests.conftest import untrained
 
@@ -31,10 +31,11 @@ def write(path: Path, stores: dict[str, ImageStore], section: MarginsSection, mo
     path.mkdir()
     model = model or untrained()
     parts = []
+    scale = foretold_norms(model, stores["real"], BALLS["linf"], section, CPU)
     for name, shard in shards(stores, section.shard_rows).items():
         parts.append(path.with_name(f"{path.name}-{name}.parquet"))
         write_shard(
-            parts[-1], model, stores[shard["source"]], **shard, ball=BALLS["linf"], settings=section,
+            parts[-1], model, stores[shard["source"]], **shard, ball=BALLS["linf"], settings=section, scale=scale,
             model_digest="abc", device=CPU, progress=lambda done, total: None,
         )  # fmt: skip
     place_parts(path, parts)
@@ -49,7 +50,9 @@ def test_the_table_has_every_row_in_order_and_the_margins_of_deepfool(tmp_path: 
     assert table["row"].to_pylist() == [*range(400), *range(200)]
     assert np.array_equal(table["label"].to_numpy()[:400], stores["real"].labels)
     images = torch.from_numpy(stores["real"].batch(np.arange(64))).permute(0, 3, 1, 2) / 255
-    result = deepfool(untrained(), images, torch.from_numpy(np.array(stores["real"].labels[:64])), ball=BALLS["linf"])
+    labels = torch.from_numpy(np.array(stores["real"].labels[:64]))
+    scale = foretold_norms(untrained(), stores["real"], BALLS["linf"], settings(), CPU)
+    result = deepfool(untrained(), images, labels, ball=BALLS["linf"], scale=scale)
     torch.testing.assert_close(torch.tensor(table["margin"].to_numpy()[:64]), result.margin, equal_nan=True)
     quality = read_json(tmp_path / "margins" / "quality.json")
     assert quality["rows"] == 600
@@ -65,6 +68,27 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, stores: dict[str, I
     for part in (tmp_path / "a").iterdir():
         assert part.read_bytes() == (tmp_path / "b" / part.name).read_bytes()
     assert read_table(tmp_path / "a", MARGINS_SCHEMA)["grand"].null_count == 600
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_batches_and_shards_of_any_size_give_the_same_bytes(tmp_path: Path, stores: dict[str, ImageStore], bf16: bool) -> None:
+    """A last batch of one image among them: 200 rows in batches of 199, and the lone row that is active last."""
+    tables = []
+    for batch_size, shard_rows in ((64, 150), (7, 1000), (199, 33)):
+        path = tmp_path / f"{batch_size}"
+        write(path, stores, settings(grand=False, bf16=bf16, batch_size=batch_size, shard_rows=shard_rows))
+        tables.append(read_table(path, MARGINS_SCHEMA).combine_chunks())
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
+
+
+def test_the_quality_sample_has_as_many_rows_of_each_source(stores: dict[str, ImageStore]) -> None:
+    places = sample_places(stores, 40, seed=0)
+    assert (places < 400).sum() == (places >= 400).sum() == 20
+    assert len(np.unique(places)) == 40
+    assert np.array_equal(places, np.sort(places))
+    assert places.max() < 600
+    assert len(sample_places(stores, 10_000, seed=0)) == 600
 
 
 def test_scores_equal_their_formulas_in_numpy() -> None:
@@ -94,7 +118,8 @@ def test_grand_is_the_norm_of_each_samples_own_gradient() -> None:
 
 def test_too_many_rows_without_a_margin_fail_and_say_so(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
     section = settings(deepfool=DeepFoolParams(max_iterations=1, candidates=1, first_candidates=1), max_not_converged=0.0)
-    with pytest.raises(InputError, match=r"at most 0.00% of the rows without a margin, got .*max_iterations"):
+    said = r"at most 0.00% of the rows without a margin, got .* \(most in (real|synthetic) class \d: \d+ of \d+.*max_iterations"
+    with pytest.raises(InputError, match=said):
         write(tmp_path / "margins", stores, section)
 
 

@@ -4,12 +4,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline.artifacts import MARGINS_SCHEMA
 from pipeline.balls import BALLS
 from pipeline.batches import to_tensor
 from pipeline.deepfool import DeepFoolParams
@@ -27,7 +25,7 @@ from pipeline.edm.selecting import (
 )
 from pipeline.images import Images, Labels
 from pipeline.manifest import prune
-from pipeline.margins import MarginsSection, measure
+from pipeline.margins import MarginsSection, as_table, measure
 from pipeline.params import InputError
 from pipeline.pruning import Strategy
 from tests.conftest import digits, untrained
@@ -153,8 +151,8 @@ def test_margin_selection_keeps_of_the_pilot_what_the_manifest_keeps(end: Any) -
     kept = score(images, labels) >= np.float32(cut)
     settings = MarginsSection(deepfool=DeepFoolParams(), grand=False, batch_size=60, shard_rows=60, max_not_converged=1.0)
     x, y = to_tensor(images, CPU), torch.from_numpy(labels)
-    batch = measure(guide, x, y, np.arange(60), "synthetic", BALLS["linf"], settings)
-    table, _ = prune(pa.Table.from_batches([batch], MARGINS_SCHEMA), Strategy(score="margin", prune=end, keep=0.3), 0.1)
+    found = measure(guide, x, y, np.arange(60), "synthetic", BALLS["linf"], settings, None)
+    table, _ = prune(as_table(found, "synthetic", 0), Strategy(score="margin", prune=end, keep=0.3), 0.1)
     np.testing.assert_array_equal(kept, table["kept"].to_numpy())
     assert kept.sum() == 18
 
