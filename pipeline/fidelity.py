@@ -1,5 +1,6 @@
 """How near a set of images is to the real ones: Frechet distance, density and coverage of features, copies in pixels."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from pipeline.images import Images, ImageStore
 
 CHUNK = 2048  # rows of one side of a distance matrix; the other side has as many
 COPY_RATIO = 1 / 3
+SAME_LEVELS = 4  # root of the mean squared difference, of 255, up to which two training images count as one
 
 
 class Given(nn.Module):
@@ -52,10 +54,11 @@ def density_and_coverage(real: Tensor, fake: Tensor, neighbours: int) -> tuple[f
 
 @dataclass(frozen=True)
 class Nearest:
-    """For each image (m,): the row of its nearest training image, the L2 distance to it in the pixel range, and the share
-    of that in the distance to the second nearest (1 where both are 0: the training set has the image twice)."""
+    """For each image (m,): the row of its nearest training image and whether that is mirrored, the L2 distance to it in the
+    pixel range, and the share of that in the distance to the nearest other training image (1 where there is no other)."""
 
     row: NDArray[np.int64]
+    mirrored: NDArray[np.bool_]
     distance: NDArray[np.float64]
     ratio: NDArray[np.float64]
 
@@ -66,27 +69,54 @@ class Nearest:
         return (self.ratio < COPY_RATIO) | (self.distance == 0)
 
 
-def nearest_images(images: Images, train: ImageStore, device: torch.device) -> Nearest:
-    """Search all of the store for images (m, H, W, C), in memory for m of them and a chunk of the store. Float32 finds
-    the two nearest rows; their distances are then exact."""
-    best = torch.full((len(images), 2), torch.inf, device=device)
-    found = torch.zeros((len(images), 2), dtype=torch.int64, device=device)
+def nearest_images(images: Images, train: ImageStore, device: torch.device, *, mirrored: bool = False) -> Nearest:
+    """Search all of the store for images (m, H, W, C), and the images of the store mirrored too where that is said.
+
+    The other training image is the nearest that is not the same as the first, up to `SAME_LEVELS` of 255 and mirroring, so
+    that what is in the store several times is found out as well. Memory is that for m images and a chunk of the store.
+    """
+    first, _ = search(images, train, device, mirrored, None)
+    nearest = views(train.batch(first // 2), first % 2 == 1)
+    second, known = search(images, train, device, mirrored, nearest)
+    near, far = distances(images, nearest), distances(images, views(train.batch(second // 2), second % 2 == 1))
+    ratio = np.divide(near, far, out=np.ones_like(near), where=known & (far > 0))
+    return Nearest(first // 2, first % 2 == 1, near, ratio)
+
+
+def search(
+    images: Images, train: ImageStore, device: torch.device, mirrored: bool, unlike: Images | None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """2 row + (is mirrored) of the nearest training image of each (m,), in float32, and whether there is one. Training images
+    that are the same as that of `unlike` (m, H, W, C) do not count."""
+    best = torch.full((len(images),), torch.inf, device=device)
+    found = torch.zeros(len(images), dtype=torch.int64, device=device)
+    same_distance = SAME_LEVELS / 255 * math.prod(train.shape) ** 0.5
     for rows, chunk, _ in train.chunks(CHUNK):
-        numbers = torch.from_numpy(rows).to(device)
-        reference = flat(chunk, device)
+        both = [flat(chunk, device), flat(mirror(chunk), device)]
         for first in range(0, len(images), CHUNK):
             part = slice(first, first + CHUNK)
-            distance = torch.cdist(flat(images[part], device), reference)
-            joined = torch.cat([best[part], distance], dim=1)
-            names = torch.cat([found[part], numbers.expand(len(distance), -1)], dim=1)
-            best[part], order = joined.topk(2, dim=1, largest=False)
-            found[part] = names.gather(1, order)
-    pairs = found.cpu().numpy()
-    exact = np.stack([distances(images, train.batch(pairs[:, column])) for column in range(2)], axis=1)
-    nearer = exact.argsort(axis=1, kind="stable")
-    near, far = np.take_along_axis(exact, nearer, axis=1).T
-    ratio = np.divide(near, far, out=np.ones_like(near), where=far > 0)
-    return Nearest(np.take_along_axis(pairs, nearer, axis=1)[:, 0], near, ratio)
+            x = flat(images[part], device)
+            distance = torch.stack([torch.cdist(x, view) for view in both[: 1 + mirrored]], dim=2)
+            if unlike is not None:
+                other = flat(unlike[part], device)
+                same = torch.stack([torch.cdist(other, view) for view in both]).amin(dim=0) <= same_distance
+                distance = distance.masked_fill(same[:, :, None], torch.inf)
+            values, places = distance.flatten(1).min(dim=1)
+            if not mirrored:
+                places = 2 * places
+            found[part] = torch.where(values < best[part], 2 * int(rows[0]) + places, found[part])
+            best[part] = torch.minimum(values, best[part])
+    return found.cpu().numpy(), best.isfinite().cpu().numpy()
+
+
+def mirror(images: Images) -> Images:
+    """Left and right of (m, H, W, C) exchanged."""
+    return np.ascontiguousarray(images[:, :, ::-1])
+
+
+def views(images: Images, mirrored: NDArray[np.bool_]) -> Images:
+    """The images (m, H, W, C), mirrored where (m,) says so."""
+    return np.where(mirrored[:, None, None, None], mirror(images), images)
 
 
 def flat(images: Images, device: torch.device) -> Tensor:

@@ -36,14 +36,21 @@ def judge(
     """Content of quality.json from the stores `train`, `test` and `synthetic`; models are on device, in eval mode.
 
     As many test as synthetic images are measured, so that their figures can be compared: frechet_distance, density,
-    coverage and copies against the training images, class_agreement with the margin model. Without two images of each
-    kind, or with too few training images for `neighbours`, only their numbers are given.
+    coverage and copies against the training images, class_agreement with the margin model. Copies are looked for among
+    mirrored training images too, unless the store says that its generator was trained without (`mirrored`). All of these
+    reward images that stay near the training images; `nearest_distance`, the median L2 distance to the nearest of them, shows
+    it where it is below that of the test images. Without two images of each kind, or with too few training images for
+    `neighbours`, only their numbers are given.
+
+    Class agreement is circular where the margin model was trained on the synthetic images, with their labels: it then says
+    that the model learnt them, not that they show their class. `judged_by` tells what a model was trained on.
     """
     count = min(settings.max_images, *(len(stores[name]) for name in MEASURED))
     reference = draw(stores["train"], settings.max_images, settings.seed, 1)
     found: dict[str, Any] = {"num_reference": len(reference)}
     if count < 2 or len(reference) <= settings.neighbours:
         return found | {name: {"num_images": count} for name in MEASURED}
+    found["mirrored"] = mirrored = bool(stores["synthetic"].origin.get("flip", True))
     real, _ = forward(stores["train"], reference, margin_model, features, settings.batch_size, device)
     found["dimension"] = real.shape[1]
     for position, name in enumerate(MEASURED, start=2):
@@ -51,7 +58,7 @@ def judge(
         rows = draw(store, count, settings.seed, position)
         fake, predicted = forward(store, rows, margin_model, features, settings.batch_size, device)
         density, coverage = density_and_coverage(real, fake, settings.neighbours)
-        nearest = nearest_images(store.batch(rows), stores["train"], device)
+        nearest = nearest_images(store.batch(rows), stores["train"], device, mirrored=mirrored)
         agrees = predicted == store.labels[rows]
         found[name] = {
             "num_images": count,
@@ -60,11 +67,19 @@ def judge(
             "coverage": coverage,
             "class_agreement": float(agrees.mean()),
             "copies": float(nearest.copied.mean()),
+            "nearest_distance": float(np.median(nearest.distance)),
         }
         if name == "synthetic":
             found["class_agreement_by_class"] = by_class(store, rows, agrees)
             found["closest"] = closest_pairs(rows, nearest, settings.closest)
     return found
+
+
+def judged_by(description: dict[str, Any]) -> dict[str, Any]:
+    """The model that sees the labels, for the record: its digest, and what it was trained on, or null where an imported model
+    does not say."""
+    inputs = description.get("inputs")
+    return {"digest": description["digest"], "trained_on": sorted(inputs) if inputs else None}
 
 
 def draw(store: ImageStore, count: int, seed: int, position: int) -> NDArray[np.int64]:
@@ -100,6 +115,7 @@ def closest_pairs(rows: NDArray[np.int64], nearest: Nearest, count: int) -> list
         {
             "row": int(rows[i]),
             "train_row": int(nearest.row[i]),
+            "mirrored": bool(nearest.mirrored[i]),
             "distance": float(nearest.distance[i]),
             "ratio": float(nearest.ratio[i]),
         }

@@ -54,7 +54,7 @@ def fit(task: Task, train_path: Path) -> None:
     train_generator(state, store, **arguments, progress=task.report, checkpoint=task.checkpoint)
     save_generator(
         task.output, state.ema.model, network=section.network, classes=store.classes, shape=store.shape,
-        sigma_data=section.sigma_data, origin={"train": store.digest}, curve=state.curve,
+        sigma_data=section.sigma_data, origin={"train": store.digest, "flip": section.training.flip}, curve=state.curve,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from pipeline.artifacts import place_all, write_json
 from pipeline.execution import Task, device, stage_run
 from pipeline.features import extractor
 from pipeline.images import ImageStore
-from pipeline.judging import JudgeSection, judge
+from pipeline.judging import JudgeSection, judge, judged_by
 from pipeline.models.checkpoint import load_model
 from pipeline.params import StageParams
 from pipeline.stage import run
@@ -24,7 +24,7 @@ def measure(task: Task, real_path: Path, synthetic_path: Path, model_path: Path)
     model, description = load_model(model_path / "best", device())
     features, name = extractor(settings.features, model, description["digest"])
     found = judge(stores, model, features.to(device()).eval(), settings, device())
-    write_json(task.output / "quality.json", {"features": name, **found})
+    write_json(task.output / "quality.json", {"features": name, "judged_by": judged_by(description), **found})
 
 
 def main(real_path: Path, synthetic_path: Path, model_path: Path, judge_path: Path) -> None:

@@ -107,10 +107,10 @@ def draw(task: Task, train_path: Path, generator_path: Path, guide_path: Path, s
 
 
 def origin_of(source: EdmSourceParams, generator: EdmGenerator) -> dict[str, Any]:
-    """For the store: what determines the images, and the licence they come under."""
+    """For the store: what determines the images, whether mirrored ones may be among them, and their licence."""
     settings = {"batch_size": source.batch_size, "seed": source.seed, **source.sampler.model_dump()}
-    licence = {"licence": generator.licence} if generator.licence else {}
-    return {"kind": "edm", "generator": generator.digest, **settings, **licence}
+    known = {name: value for name, value in (("licence", generator.licence), ("flip", generator.flip)) if value is not None}
+    return {"kind": "edm", "generator": generator.digest, **settings, **known}
 
 
 def guide_digest(guide_path: Path) -> str:
@@ -164,6 +164,7 @@ def main(train_path: Path, generator_path: Path, guide_path: Path, synthetic_pat
             write_given(work, read(source, train), train, rows)
         return
     origin = origin_of(source, load_generator(generator_path, CPU, classes=train.classes, shape=train.shape))
+    origin["select"] = rule.kind
     inputs, tasks = [train_path, generator_path, guide_path], shards(source.num_images, rows)
     with stage_run("synthesize", params, inputs, synthetic_path) as this:
         if isinstance(rule, NoSelection):

@@ -74,16 +74,45 @@ def test_the_nearest_training_image_is_found_and_its_distance_is_exact(
 
 
 def test_a_copy_is_nearer_than_a_third_of_the_way_to_the_next() -> None:
-    assert fidelity.Nearest(np.zeros(4, int), np.array([0.3, 0.4, 0, 0]), np.array([0.3, 0.4, 0, 1])).copied.tolist() == [
-        True, False, True, True,
-    ]  # fmt: skip
+    distance, ratio = np.array([0.3, 0.4, 0, 0]), np.array([0.3, 0.4, 0, 1])
+    found = fidelity.Nearest(np.zeros(4, int), np.zeros(4, bool), distance, ratio)
+    assert found.copied.tolist() == [True, False, True, True]
 
 
-def test_copies_are_found_also_where_the_training_set_has_an_image_twice(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), np.uint8)
-    images[7] = images[3]
-    train = store_of(tmp_path / "train", images)
-    noisy = np.clip(images[:2].astype(int) + 3, 0, 255).astype(np.uint8)
-    found = nearest_images(np.concatenate([images[3:4], noisy]), train, CPU)
+@pytest.mark.parametrize("times", [1, 2, 5])
+@pytest.mark.parametrize("apart", [0, 2])
+def test_noisy_copies_are_found_also_of_what_the_training_set_has_several_times(tmp_path: Path, times: int, apart: int) -> None:
+    """The same image again, or one that is two levels brighter."""
+    images = np.random.default_rng(0).integers(0, 250, (12, 8, 8, 1), np.uint8)
+    images[12 - times + 1 :] = images[3] + apart
+    noisy = np.clip(images[:4].astype(int) + 3, 0, 255).astype(np.uint8)
+    found = nearest_images(np.concatenate([images[3:4], noisy]), store_of(tmp_path / "train", images), CPU)
     assert found.distance[0] == 0
     assert found.copied.all()
+    assert (found.ratio < 0.1).all()
+    assert not found.mirrored.any()
+
+
+@pytest.mark.parametrize("chunk", [5, 2048])
+def test_mirrored_copies_are_found_where_they_are_looked_for(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fidelity, "CHUNK", chunk)
+    images = np.random.default_rng(0).integers(0, 250, (12, 8, 8, 3), np.uint8)
+    images[9] = images[2, :, ::-1]  # one training image has its mirror image among the others
+    train = store_of(tmp_path / "train", images)
+    mirrored = images[[7, 2, 11], :, ::-1] + np.uint8(3)
+    plain, found = (nearest_images(mirrored, train, CPU, mirrored=search) for search in (False, True))
+    assert plain.copied.tolist() == [False, True, False]
+    assert found.copied.all()
+    assert found.row[[0, 2]].tolist() == [7, 11]
+    assert found.mirrored[[0, 2]].all()
+    np.testing.assert_allclose(found.distance, 3 / 255 * np.sqrt(8 * 8 * 3))
+
+
+def test_a_training_set_of_one_image_has_no_other_to_compare_with(tmp_path: Path) -> None:
+    images = np.full((3, 8, 8, 1), 100, np.uint8)
+    images[0] += 2
+    found = nearest_images(images[1:2] - np.uint8(50), store_of(tmp_path / "train", images), CPU, mirrored=True)
+    assert found.ratio.tolist() == [1]
+    assert not found.copied.any()

@@ -1,4 +1,4 @@
-"""The figures of quality.json tell a generator that was trained on digits from Gaussians and from noisy copies."""
+"""The figures of quality.json tell a generator that was trained on digits from Gaussians, copies and means of neighbours."""
 
 from pathlib import Path
 from typing import Any
@@ -80,23 +80,54 @@ def noisy_copies(store: ImageStore, std: float) -> Chunk:
     return chunk_of(pixels + std * rng.standard_normal(pixels.shape), np.asarray(store.labels[rows]))
 
 
+def interpolations(store: ImageStore) -> Chunk:
+    """Means of a training image and its nearest neighbour of the same class, in pixels."""
+    rng = np.random.default_rng(0)
+    pixels, labels = store.batch(np.arange(len(store))).reshape(len(store), -1) / 255, np.asarray(store.labels)
+    rows = rng.choice(len(store), COUNT, replace=False)
+    distance = np.linalg.norm(pixels[rows, None] - pixels[None], axis=2)
+    distance[labels[rows, None] != labels[None]] = np.inf
+    neighbours = distance.argsort(axis=1)[:, 1]  # 0 is the image itself
+    return chunk_of((pixels[rows] + pixels[neighbours]) / 2, labels[rows])
+
+
 def judged(folder: Path, chunk: Chunk, real: dict[str, ImageStore], model: Classifier, **changes: Any) -> dict[str, Any]:
     stores = real | {"synthetic": make_store(folder / "synthetic", chunk)}
     return judge(stores, model, Penultimate(model), JudgeSection(**changes), CPU)
 
 
-def test_a_trained_generator_beats_a_gaussian_and_noisy_copies(
+FIGURES = ("density", "coverage", "class_agreement")
+
+
+def test_a_trained_generator_beats_a_gaussian(
     real: dict[str, ImageStore], classifier: Classifier, generated: Chunk, tmp_path: Path
 ) -> None:
     ours = judged(tmp_path / "ours", generated, real, classifier)["synthetic"]
     normal = judged(tmp_path / "gaussian", gaussian(real["train"]), real, classifier)["synthetic"]
     assert ours["frechet_distance"] < 0.5 * normal["frechet_distance"]
-    for name in ("density", "coverage", "class_agreement"):
+    for name in FIGURES:
         assert ours[name] > 1.2 * normal[name], name
     assert ours["class_agreement"] > 0.6
     assert ours["copies"] == 0
+
+
+def test_copies_and_means_of_neighbours_win_on_likeness_and_are_told_by_what_they_stay_near(
+    real: dict[str, ImageStore], classifier: Classifier, generated: Chunk, tmp_path: Path
+) -> None:
+    """Copies with little noise and the means of two neighbours are better than this generator in all figures of likeness, and
+    nearly as good as test images: no set made of the training images can be beaten there. What tells them is how near to the
+    training images they are."""
+    both = judged(tmp_path / "ours", generated, real, classifier)
+    ours, test = both["synthetic"], both["test"]
     near = judged(tmp_path / "near", noisy_copies(real["train"], 0.02), real, classifier)["synthetic"]
-    assert near["copies"] > 0.9  # good in all other figures, and found out here
+    means = judged(tmp_path / "means", interpolations(real["train"]), real, classifier)["synthetic"]
+    for baseline in (near, means):
+        assert baseline["frechet_distance"] < ours["frechet_distance"]
+        assert all(baseline[name] > ours[name] for name in FIGURES)
+        assert baseline["nearest_distance"] < 0.75 * test["nearest_distance"]
+    assert (near["copies"], means["copies"], test["copies"]) == (1, 0, 0)
+    assert ours["copies"] == 0
+    assert ours["nearest_distance"] > 0.75 * test["nearest_distance"]
     hidden = judged(tmp_path / "hidden", noisy_copies(real["train"], 0.15), real, classifier)["synthetic"]
     assert hidden["copies"] < 0.01  # with so much noise that they no longer count as copies, and then they are worse
     assert ours["frechet_distance"] < hidden["frechet_distance"]

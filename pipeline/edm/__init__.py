@@ -19,7 +19,8 @@ WEIGHTS = "generator.safetensors"
 
 @dataclass(frozen=True)
 class EdmGenerator:
-    """A loaded generator; `digest` is that of its weights, `licence` that which binds what is made with it."""
+    """A loaded generator; `digest` is that of its weights, `licence` that which binds what is made with it, `flip` says
+    whether it was trained on mirrored images too, where that is known."""
 
     net: UNet
     classes: tuple[str, ...]
@@ -27,6 +28,7 @@ class EdmGenerator:
     sigma_data: float
     digest: str
     licence: str | None
+    flip: bool | None
 
 
 def save_generator(
@@ -85,7 +87,7 @@ def load_generator(
             raise InputError(f"{directory}: wanted a generator of {shape} images of {classes}, got one of {found[::-1]}")
         net = build_unet(network, shape, len(classes), seed=0)
         net.load_state_dict(load_file(weights))
-        sigma_data, licence = float(description["sigma_data"]), description["origin"].get("licence")
+        sigma_data, origin = float(description["sigma_data"]), dict(description["origin"])
     except ValidationError as error:
         raise InputError(f"{directory}/generator.json: network: {explain(error)}; rerun the generator stage") from None
     except (KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
@@ -93,4 +95,4 @@ def load_generator(
             f"{directory}: wanted weights that fit generator.json, but: {error}; rerun the generator stage"
         ) from None
     net = net.to(device).to(memory_format=torch.channels_last).requires_grad_(False)
-    return EdmGenerator(net, classes, shape, sigma_data, digest_file(weights), licence)
+    return EdmGenerator(net, classes, shape, sigma_data, digest_file(weights), origin.get("licence"), origin.get("flip"))

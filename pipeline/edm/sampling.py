@@ -51,7 +51,8 @@ class EdmSourceParams(Section):
     On a CPU an image is given by (seed, row), bit for bit, whatever `batch_size`, the number of images, shards or ranks. (1 and
     2 threads were measured to give the same; another number may round sums in another way.) On a GPU the network sees
     `batch_size` images at once, and another number changes how sums are rounded (about 1e-5 in [-1, 1], which moves a rare
-    pixel by one of its 256 values): there an image is given by (seed, row, batch_size), whatever the number of images or shards.
+    pixel by one of its 256 values): there an image is given by (seed, row, batch_size), whatever the number of images or of
+    shards.
     """
 
     kind: Literal["edm"]

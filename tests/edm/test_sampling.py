@@ -169,8 +169,8 @@ def test_images_and_labels_depend_on_the_row_alone_not_on_shards_or_count(net: U
 @pytest.mark.parametrize("more", [{}, {"bf16": True}])
 def test_on_a_cpu_an_image_is_the_same_bit_for_bit_whatever_it_is_drawn_with(net: UNet, more: dict[str, Any]) -> None:
     images, _ = sampled(net, 0, 96, batch_size=96, **more)
-    for batch_size in (1, 5, 32, 33):
-        np.testing.assert_array_equal(sampled(net, 0, 70, batch_size=batch_size, **more)[0], images[:70])
+    for batch_size, stop in ((1, 7), (5, 40), (33, 70)):
+        np.testing.assert_array_equal(sampled(net, 0, stop, batch_size=batch_size, **more)[0], images[:stop])
     draw = image_sampler(net, 0, 0.5, SamplerParams(**FAST, **more))
     for rows in ([7], [64, 0, 32], [95, 3, 3, 40], list(range(95, 0, -5))):
         np.testing.assert_array_equal(draw(np.array(rows), np.array(rows) % 4), images[rows])

@@ -45,7 +45,7 @@ def test_the_generator_that_is_written_can_be_loaded() -> None:
     for name, tensor in load_file(path / "generator.safetensors").items():
         assert torch.equal(generator.net.state_dict()[name], tensor)
     description = read_json(path / "generator.json")
-    assert description["origin"] == {"train": ImageStore.open(Path("train")).digest}
+    assert description["origin"] == {"train": ImageStore.open(Path("train")).digest, "flip": False}
     assert description["network"] == NETWORK | {"label_dropout": 0.0, "adaptive_scale": True}
     rows = list(csv.reader((path / "training.csv").read_text().splitlines()))
     assert rows[0] == ["step", "loss"]

@@ -1,12 +1,14 @@
 """The judge stage: stores and a margin model in, quality.json out."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.artifacts import read_json
-from pipeline.images import ImageStore
+from pipeline.artifacts import digest_file, read_json, write_json
+from pipeline.images import ImageStore, write_store
 from pipeline.models.checkpoint import save_model
 from pipeline.params import InputError
 from stages.judge import JudgeParams, main
@@ -41,6 +43,25 @@ def test_the_stage_writes_the_figures_and_what_they_were_measured_with() -> None
     assert found["synthetic"]["num_images"] == found["test"]["num_images"] == len(ImageStore.open(Path("real/test")))
     assert len(found["closest"]) == 2
     assert [path.name for path in Path("a").iterdir()] == ["quality.json"]
+
+
+def test_the_figures_say_what_the_model_that_sees_the_labels_was_trained_on() -> None:
+    assert json.loads(judge("unknown"))["judged_by"]["trained_on"] is None
+    path = Path("margin_model/best/model.json")
+    write_json(path, read_json(path) | {"inputs": {"synthetic": "1", "real": "0"}})
+    found = json.loads(judge("known"))["judged_by"]
+    assert found == {"digest": digest_file(Path("margin_model/best/model.safetensors")), "trained_on": ["real", "synthetic"]}
+
+
+def test_copies_are_looked_for_in_the_mirror_unless_the_generator_was_trained_without_one() -> None:
+    images, labels = digits("train", 40)
+    flipped = np.ascontiguousarray(images[:, :, ::-1])
+    classes, copies = tuple("0123456789"), []
+    for origin in ({}, {"flip": True}, {"flip": False}):
+        write_store(Path("synthetic"), [(flipped, labels)], classes=classes, shape=(8, 8, 1), shard_rows=40, origin=origin)
+        found = json.loads(judge("mirrored"))
+        copies.append((found["mirrored"], found["synthetic"]["copies"]))
+    assert copies == [(True, 1), (True, 1), (False, 0)]
 
 
 def test_parameters_are_checked() -> None:
