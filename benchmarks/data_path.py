@@ -2,10 +2,10 @@
 
 The rate: pools to augmented float batches on the device (crop, flip), beside a DataLoader over tensors and one over PIL images
 with torchvision's transforms, in turns. Start and memory: a process of its own trains a tiny model from a sparse store of
---rows images with a manifest that keeps 70 % of them (0: left out).
+--rows images with a manifest that keeps 70 % of them (0: left out), for --steps steps, and notes its resident set as it goes.
 
     python benchmarks/data_path.py
-    python benchmarks/data_path.py --rows 50000000
+    python benchmarks/data_path.py --rows 50000000 --steps 5000
 """
 
 import json
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -135,40 +136,50 @@ def write_big_manifest(path: Path, rows: int) -> None:
             writer.write_batch(pa.record_batch(arrays, schema=MANIFEST_SCHEMA))
 
 
-def start_and_train(folder: Path, device: torch.device) -> dict[str, float]:
-    """Seconds from nothing to the first step, and to the last of a short training of a tiny model."""
-    begin, first = time.perf_counter(), 0.0
+def resident_gb() -> dict[str, float]:
+    """Resident set of this process, and what of it is mapped files, GiB."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[key].split()[0]) / 2**20 for name, key in (("all", "VmRSS"), ("files", "RssFile"))}
+
+
+def start_and_train(folder: Path, device: torch.device, steps: int) -> dict[str, Any]:
+    """Seconds from nothing to the first step of a training of a tiny model, and its resident set at ten of the steps."""
+    begin, first, noted = time.perf_counter(), 0.0, []
     stores = {name: ImageStore.open(folder / name) for name in ("real", "synthetic")}
     pools = read_pools(folder / "manifest.parquet", stores)
     attack = PGDParams(num_steps=1, step_size_255=8)
     params = TrainingParams(
-        loss="trades", attack=attack, epochs=1, batch_size=256, synthetic_fraction=0.8, lr=0.1, augmentation=AUGMENTATION,
+        loss="standard", attack=attack, epochs=1, batch_size=BATCH, synthetic_fraction=0.8, lr=0.1, augmentation=AUGMENTATION,
         holdout=256, select_every=1, selection_attack=attack,
     )  # fmt: skip
 
-    def progress(*_: object) -> None:
+    def progress(done: int, total: int, _: object) -> None:
         nonlocal first
         first = first or time.perf_counter() - begin
+        step, every = done // BATCH, max(1, total // BATCH // 10)
+        if step == 1 or step % every == 0:
+            noted.append({"step": step} | resident_gb())
 
     train(
         build_network(TINY, SHAPE, 10, 0), pools, params, threat=ThreatParams(norm="linf", eps_255=8), seed=0, device=device,
-        progress=progress,
+        progress=progress, steps_share=steps / ceil(len(stores["real"]) / BATCH),
     )  # fmt: skip
-    return {"start_s": first, "rows": len(pools["synthetic"])}
+    return {"start_s": first, "rows": len(pools["synthetic"]), "resident": noted}
 
 
-def many_rows(rows: int, device: str, folder: Path) -> dict[str, Any]:
-    """Start and peak memory on a sparse store of that many synthetic images and 50,000 real ones."""
+def many_rows(rows: int, steps: int, device: str, folder: Path) -> dict[str, Any]:
+    """Start and memory on a sparse store of that many synthetic images and 50,000 real ones."""
     sparse_store(folder / "synthetic", rows)
     sparse_store(folder / "real", 50_000)
     write_big_manifest(folder / "manifest.parquet", rows)
-    return measure(__file__, ["--run", str(folder), "--device", device])
+    return measure(__file__, ["--run", str(folder), "--device", device, "--steps", str(steps)], timeout_s=1200)
 
 
 def main(
     num_images: int = 200_000,
     num_rounds: int = 5,
     rows: Annotated[int, typer.Option(help="Rows of the sparse store; 0 leaves it out.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the training on them.")] = 500,
     device: str = "cpu",
     threads: int = 1,
     run: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -176,7 +187,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     if run is not None:
-        finish(lambda: start_and_train(run, torch.device(device)))
+        finish(lambda: start_and_train(run, torch.device(device), steps))
         return
     with TemporaryDirectory() as name:
         table = rates(num_images, num_rounds, torch.device(device), Path(name))
@@ -186,12 +197,15 @@ def main(
     print(f"images per second {table[0]['images_per_s']:.0f} (goal {GOAL})")
     if rows:
         with TemporaryDirectory() as name:
-            big = many_rows(rows, device, Path(name))
+            big = many_rows(rows, steps, device, Path(name))
         if "error" in big:
             sys.exit(f"{rows} rows: {big['error']}")
         table.append({"path": f"{rows} rows"} | big)
         print(f"{rows} rows, {big['rows']} kept: first step after {big['start_s']:.1f} s (goal {GOAL_START_S:.0f}),")
         print(f"resident set at most {big['peak_gb']:.2f} GiB (goal {GOAL_GB}), {big['base_gb']:.2f} GiB before")
+        print(f"{'step':>8} {'resident GiB':>14} {'of files':>10}")
+        for row in big["resident"]:
+            print(f"{row['step']:8} {row['all']:14.2f} {row['files']:10.2f}")
     headline = {"name": "images per second of the data path", "ratio": table[0]["images_per_s"], "goal": GOAL}
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
