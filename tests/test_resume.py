@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.artifacts import write_table
 from pipeline.checkpoints import Checkpoint
+from pipeline.execution.store import RunStore
 from pipeline.images import ImageStore
 from pipeline.manifest import write_manifest
 from pipeline.pruning import Strategy
@@ -34,7 +36,7 @@ PARAMS = {
         "training": {"steps": 80, "batch_size": 16, "warmup_steps": 2, "ema_decay": 0.9, "flip": True, "seed": 0},
     },
     "train": {"model": TINY.model_dump(), "training": TRAINING},
-    "execution": {"backend": "local", "device": "cpu", "threads": 1, "checkpoint_s": 0},
+    "execution": {"backend": "local", "device": "cpu", "threads": 1, "checkpoint_s": 0.3},
 }
 COMMANDS = {
     "generator": ["stages.generator", "real", "generator"],
@@ -81,7 +83,7 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bytes(
         write_table(project / "margins/part-00000.parquet", margin_table(n=300))
         write_manifest(project / "manifest", project / "margins", Strategy.model_validate({"eps": {"rule": "margin"}}), 0.1)
     assert start(tmp_path / "whole", stage).wait() == 0
-    killed = sum(kill_at_random(tmp_path / "killed", stage, rng) for _ in range(2))
+    killed = sum(kill_at_random(tmp_path / "killed", stage, rng) for _ in range(2))  # some steps after a checkpoint
     assert killed >= 1, "the run was too short to be killed"
     assert start(tmp_path / "killed", stage).wait() == 0
     out = COMMANDS[stage][-2 if stage == "train" else -1]
@@ -91,9 +93,41 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bytes(
     assert not list((tmp_path / "killed").glob(".runs/*/*/work/*")), "checkpoints are freed when the result is published"
 
 
-def test_a_checkpoint_gives_back_what_was_saved_and_a_damaged_one_counts_as_none(tmp_path: Path) -> None:
+def test_dvc_repro_that_is_killed_goes_on_from_the_checkpoint(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
+    store, checkpoints = stores["real"], ".runs/*/*/work/*/checkpoint.safetensors"
+    for name in ("killed", "whole"):
+        project = tmp_path / name
+        project.mkdir()
+        (project / "params.yaml").write_text(json.dumps(PARAMS))
+        make_store(project / "real", (store.batch(np.arange(len(store))), store.labels.copy()))
+    assert start(tmp_path / "whole", "generator").wait() == 0
+    killed = tmp_path / "killed"
+    command = f"{sys.executable} -m stages.generator real generator"
+    stage = {"cmd": command, "params": ["generator"], "deps": ["real"], "outs": ["generator"]}
+    (killed / "dvc.yaml").write_text(json.dumps({"stages": {"generator": stage}}))
+    subprocess.run(["git", "init", "-q"], cwd=killed, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=killed, check=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    repro = [sys.executable, "-m", "dvc", "repro", "-q"]
+    with subprocess.Popen(repro, cwd=killed, env=environment) as child:
+        while child.poll() is None and not list(killed.glob(checkpoints)):
+            time.sleep(0.01)
+        child.kill()
+    (path,) = killed.glob(checkpoints)
+    with RunStore(path.parents[2]).locked():  # until the stage has ended too
+        reached = Checkpoint(path, 0).load()
+    assert reached is not None
+    assert 0 < reached["step"] < 80
+    subprocess.run(repro, cwd=killed, env=environment, check=True)
+    assert contents(killed / "generator") == contents(tmp_path / "whole/generator")
+
+
+def test_a_checkpoint_gives_back_what_was_saved_and_a_damaged_one_is_named_and_counts_as_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = Checkpoint(tmp_path / "state", every_s=1000)
     assert checkpoint.load() is None
+    assert not capsys.readouterr().err
     assert not checkpoint.due()
     state: dict[str, Any] = {"a": torch.arange(3), "b": [1, None, "text", {"c": torch.zeros(2, 2)}], "d": 0.5, "e": True}
     checkpoint.save(state)
@@ -106,3 +140,4 @@ def test_a_checkpoint_gives_back_what_was_saved_and_a_damaged_one_counts_as_none
     assert checkpoint.load() == {"step": 3}
     checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:20])
     assert checkpoint.load() is None
+    assert "state: damaged (" in capsys.readouterr().err
