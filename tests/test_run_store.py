@@ -11,6 +11,7 @@ import pytest
 from pipeline.execution import Task, guarded_publish, stage_run
 from pipeline.execution import store as run_store
 from pipeline.execution.settings import FROZEN, settings
+from pipeline.execution.stage_run import ANEW
 from pipeline.execution.store import RunStore
 from pipeline.execution.worker import Owner
 from pipeline.params import InputError, Section, StageParams
@@ -63,6 +64,13 @@ def test_a_result_that_dvc_lost_is_published_again_without_computing_it(project:
     assert (project / "trace").read_text() == "1"
     assert (project / "out/result").read_text() == "1"
     assert not (run.path / "work").exists()
+
+
+def test_a_forced_run_computes_what_is_published_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_copy(project)
+    monkeypatch.setenv(ANEW, "1")
+    publish_copy(project)
+    assert (project / "trace").read_text() == "11"
 
 
 def test_the_tasks_of_a_published_run_go_when_another_is_published(project: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from pipeline.execution.plan import plan
-from pipeline.execution.stage_run import StillRunningError
+from pipeline.execution.stage_run import ANEW, StillRunningError
 from pipeline.params import InputError
 from pipeline.stage import interruption
 
@@ -88,6 +88,7 @@ class Runner:
         """Exit status of DVC, and the errors that it prints."""
         command = [*DVC, "repro", "--single-item", *self.flags, stage]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+        environment |= {ANEW: "1"} if self.flags else {}
         with self.starting:
             if self.stopping:
                 return 1, ""

@@ -1,5 +1,6 @@
 """The run of one stage: its tasks wherever they execute, then one publication."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pipeline.execution.settings import settings
 from pipeline.execution.store import RunStore
 from pipeline.params import PARAMS_FILE, InputError, StageParams
 
+ANEW = "PUMA_ANEW"  # set by `python -m pipeline repro --force`: compute what is published already again
 EDITED = "its params, inputs or code were edited while it ran; nothing is published"
 KEPT = "the finished tasks are kept: undo the edit to publish them, or run the same command again to compute anew"
 
@@ -117,6 +119,8 @@ def stage_run(
     with this.store.locked() as waited:
         if waited:
             this.check_drift()
+        if ANEW in os.environ and "published" in this.store.description():
+            this.store.remove("tasks")
         yield this
 
 
