@@ -35,10 +35,12 @@ from pipeline.threat import ThreatParams
 from pipeline.training import TrainingParams, train
 from pipeline.training.augmentation import AugmentationParams
 from pipeline.training.batch import Batch
+from pipeline.training.heldout import Selector
 from pipeline.training.objective import batch_loss
 from pipeline.training.pools import full_pool
 
 GOAL = {"cpu": 1.8, "cuda": 4.0}
+GOAL_POINTS = 0.5
 EPS, STEP_255, BETA = 8 / 255, 2.0, 5.0
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bf16, of the data sheets
 Step = Callable[[], Tensor]
@@ -87,14 +89,15 @@ def our_step(model: nn.Module, batch: Batch, params: TrainingParams) -> Tensor:
 
 
 def contestants(model: nn.Module, x: Tensor, y: Tensor, num_steps: int, unattacked: float) -> dict[str, Step]:
-    """Each row of the table has the tricks of the rows above it, but for the last three, each alone on the third."""
+    """Each row of the table has the tricks of the rows above it, but for those after the third, each alone on the third.
+    On a GPU another is compiled; on CPUs that gained nothing."""
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     x_last = x.contiguous(memory_format=torch.channels_last)
-    full = torch.full((len(x),), EPS, device=x.device)
-    some = torch.where(torch.arange(len(x), device=x.device) < round(unattacked * len(x)), 0.0, full)
+    full = torch.full((len(x),), EPS)
+    some = torch.where(torch.arange(len(x)) < round(unattacked * len(x)), 0.0, full)
     ours, first, rest = Batch(x_last, y, full), Batch(x, y, full), Batch(x_last, y, some)
     plain = recipe(num_steps)
-    return {
+    steps = {
         "published": lambda: published_step(model, x, y, num_steps),
         "ours: one clean pass": lambda: our_step(model, first, plain),
         "+ channels last": lambda: our_step(last, ours, plain),
@@ -104,6 +107,10 @@ def contestants(model: nn.Module, x: Tensor, y: Tensor, num_steps: int, unattack
         "+ bf16, clean statistics": lambda: our_step(last, ours, recipe(num_steps, precision="bf16", attack_batchnorm="clean")),
         f"+ {unattacked:.0%} of radius 0": lambda: our_step(last, rest, plain),
     }
+    if x.device.type == "cuda":
+        compiled: Any = torch.compile(last)
+        steps["+ bf16, compiled"] = lambda: our_step(compiled, ours, recipe(num_steps, precision="bf16"))
+    return steps
 
 
 def forward_flops(model: nn.Module, x: Tensor) -> int:
@@ -130,30 +137,51 @@ def timed(step: Step, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def accuracy(data: Path, device: torch.device) -> None:
-    """Clean and PGD accuracy on held-out images at the end of cifar10-small's training: its float32 beside bf16 with the
-    statistics of the clean batch, 3 seeds."""
+def accuracy(data: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Clean and PGD accuracy on all test images at the end of cifar10-small's training: its float32 beside bf16 with the
+    statistics of the clean batch, 3 seeds, and the mean difference."""
     chosen = read_yaml(Path("recipes/cifar10-small.yaml"))["train"]
     plain, model = TrainingParams.model_validate(chosen["training"]), ModelParams.model_validate(chosen["model"])
     stores = {"real": ImageStore.open(data / "real" / "train"), "synthetic": ImageStore.open(data / "synthetic")}
-    threat = ThreatParams(norm="linf", eps_255=8)
+    threat, test = ThreatParams(norm="linf", eps_255=8), ImageStore.open(data / "real" / "test")
+    judge = Selector(test, np.arange(len(test)), plain.selection_attack, BALLS["linf"], threat.eps, 500, device)
+    rows: list[dict[str, Any]] = []
     paths = {"plain": plain, "fast": plain.model_copy(update={"precision": "bf16", "attack_batchnorm": "clean"})}
     for seed in range(3):
         for name, params in paths.items():
             pools = {source: full_pool(store, threat.eps) for source, store in stores.items()}
             net = build_network(model, stores["real"].shape, len(stores["real"].classes), seed)
             result = train(net, pools, params, threat=threat, seed=seed, device=device, progress=lambda *_: None)
-            last = result.history[-1]
-            print(f"seed {seed} {name:6} clean {last['clean_accuracy']:.4f} PGD {last['robust_accuracy']:.4f}", flush=True)
+            clean, robust = judge.score(result.last)
+            rows.append({"seed": seed, "path": name, "clean": clean, "robust": robust, "num_test": len(test)})
+            print(f"seed {seed} {name:6} clean {clean:.4f} PGD {robust:.4f} of {len(test)} test images", flush=True)
+    return rows
+
+
+def paid(rows: list[dict[str, Any]]) -> float:
+    """The larger of the losses of mean clean and PGD accuracy by the fast path, in points."""
+    mean = {
+        (path, kind): sum(row[kind] for row in rows if row["path"] == path) / sum(row["path"] == path for row in rows)
+        for path in ("plain", "fast")
+        for kind in ("clean", "robust")
+    }
+    return max(100 * (mean["plain", kind] - mean["fast", kind]) for kind in ("clean", "robust"))
+
+
+def write_report(path: Path | None, name: str, ratio: float, goal: float, rows: list[dict[str, Any]]) -> None:
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if path:
+        headline = {"name": name, "ratio": ratio, "goal": goal}
+        path.write_text(json.dumps({"headline": headline, "rows": rows, "machine": machine}, indent=2) + "\n")
 
 
 def main(
     device: str = "cpu",
     depth: int = 10,
     width: int = 2,
-    batch_size: int = 64,
+    batch_size: int = 32,
     num_steps: int = 10,
-    num_rounds: int = 5,
+    num_rounds: int = 7,
     unattacked: float = 0.3,
     threads: int = 1,
     accuracy_run: Annotated[bool, typer.Option("--accuracy")] = False,
@@ -163,7 +191,10 @@ def main(
     torch.set_num_threads(threads)
     where = torch.device(device)
     if accuracy_run:
-        accuracy(data, where)
+        seeds = accuracy(data, where)
+        what = "points of accuracy that the fast path pays"
+        print(f"{what}: {paid(seeds):.2f} (goal {GOAL_POINTS})")
+        write_report(json_file, what, paid(seeds), GOAL_POINTS, seeds)
         return
     net = build_network(ModelParams(architecture="wideresnet", arguments={"depth": depth, "width": width}), (32, 32, 3), 10, 0)
     model = Classifier(net, [0.5] * 3, [0.25] * 3).to(where).train()
@@ -190,13 +221,10 @@ def main(
         rows.append({"step": name, "images_per_s": batch_size / median(times), "ratio": ratio, "flops": rate})
         used = f" {rate / peak:6.1%}" if peak else ""
         print(f"{name:34} {batch_size / median(times):9.1f} {ratio:6.2f} {rate / 1e9:8.1f}{used}")
-    best = max(row["ratio"] for row in rows[:-1])
+    best = max(row["ratio"] for row in rows if "radius 0" not in row["step"])
     goal = GOAL[where.type]
     print(f"TRADES step, over the published one: {best:.2f} (goal {goal})")
-    if json_file:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        headline = {"name": "TRADES step, over the published one", "ratio": best, "goal": goal}
-        json_file.write_text(json.dumps({"headline": headline, "rows": rows, "machine": machine}, indent=2) + "\n")
+    write_report(json_file, "TRADES step, over the published one", best, goal, rows)
 
 
 if __name__ == "__main__":
