@@ -19,8 +19,8 @@ FEW = 3
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage that would run, the reason, and how many of its tasks it would find done by a run that was stopped: none where
-    a stage before it runs, because its inputs are not known yet."""
+    """A stage that would run, the reason, and how many of its tasks it would find done already: none where a stage before it
+    runs, because its inputs are not known yet."""
 
     stage: str
     reason: str
@@ -100,16 +100,13 @@ def in_words(kind: str, names: list[str]) -> str:
 
 
 def stored(stage: str) -> tuple[int, int]:
-    """Finished tasks and all tasks of the run that the stage would go on with; a run that has published nothing."""
-    for run in runs(stage):
-        if run.stage == stage and "published" not in run.description() and is_current(run):
+    """Finished tasks and all tasks of the run that the stage would take up: params, inputs and code are what they were."""
+    found = [run for run in runs(stage) if run.stage == stage]
+    places = {(note["target"], *note["paths"]) for note in map(RunStore.description, found)}  # mostly one: inputs are read
+    name = stage.partition("@")[0]
+    keys = {run_key(name, Path(target), params_class(name).load(), [*map(Path, paths)]) for target, *paths in places}
+    for run in found:
+        if run.key in keys:
             tasks = run.tasks()
-            return sum(run.is_done(name) for name in tasks), len(tasks)
+            return sum(run.is_done(task) for task in tasks), len(tasks)
     return 0, 0
-
-
-def is_current(run: RunStore) -> bool:
-    """Whether the stage would take up this run: its params, its inputs and its code are what they were."""
-    name, note = run.stage.partition("@")[0], run.description()
-    now = run_key(name, Path(note["target"]), params_class(name).load(), [Path(path) for path in note["paths"]])
-    return now == run.key
