@@ -19,6 +19,7 @@ METRICS = {  # key in quality.json -> (name, whether it is a share)
     "coverage": ("coverage, %", True),
     "class_agreement": ("margin model sees the label, %", True),
     "copies": ("copies of a training image, %", True),
+    "nearest_distance": ("median distance to the nearest training image, L2", False),
 }
 
 
@@ -34,13 +35,15 @@ class Measure:
 
 @dataclass(frozen=True)
 class Quality:
-    """`measures` is empty where there are no synthetic images to judge."""
+    """`measures` is empty where there are no synthetic images to judge; `circular`: the model that sees the labels was trained
+    on these images with theirs."""
 
     measures: list[Measure]
     num_images: int
     features: str
     by_class: dict[str, float]
     closest: list[dict[str, Any]]
+    circular: bool
 
 
 def read_quality(judge: Path) -> Quality:
@@ -54,7 +57,8 @@ def read_quality(judge: Path) -> Quality:
     measures = [Measure(name, synthetic[key], test[key], share) for key, (name, share) in METRICS.items() if key in synthetic]
     by_class, closest = found.get("class_agreement_by_class", {}), found.get("closest", [])
     features = found["features"]["model"].replace("_", " ")
-    return Quality(measures, synthetic["num_images"], features, by_class, closest)
+    circular = "synthetic" in (found.get("judged_by", {}).get("trained_on") or [])
+    return Quality(measures, synthetic["num_images"], features, by_class, closest, circular)
 
 
 def names_of_sources(origin: Mapping[str, Any]) -> dict[str, str]:
@@ -110,7 +114,8 @@ def synthetic_sheets(stores: Mapping[str, ImageStore], quality: Quality, count: 
 
 def pair_of(stores: Mapping[str, ImageStore], pair: Mapping[str, Any], name: str) -> list[Picture]:
     synthetic = picture(stores["synthetic"], pair["row"], f"{short(name)} {pair['row']}: ratio {pair['ratio']:.2f}")
-    return [synthetic, picture(stores["real"], pair["train_row"], f"real {pair['train_row']}")]
+    how = ", mirrored" if pair.get("mirrored") else ""
+    return [synthetic, picture(stores["real"], pair["train_row"], f"real {pair['train_row']}{how}")]
 
 
 def picture(store: ImageStore, row: int, note: str) -> Picture:

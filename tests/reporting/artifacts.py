@@ -140,9 +140,16 @@ def write_margin_quality(path: Path, margins: Mapping[str, NDArray[np.float32]])
 def write_judgement(path: Path) -> None:
     """As the stage judge writes it; the first synthetic image is nearest to training image 3."""
     path.mkdir()
-    figures = {"num_images": 20, "density": 0.9, "coverage": 0.8, "class_agreement": 0.7, "copies": 0.05}
+    figures = {
+        "num_images": 20,
+        "density": 0.9,
+        "coverage": 0.8,
+        "class_agreement": 0.7,
+        "copies": 0.05,
+        "nearest_distance": 2.5,
+    }
     found = {"synthetic": figures | {"frechet_distance": 1.25}, "test": figures | {"frechet_distance": 0.5}}
-    pair = {"row": 0, "train_row": 3, "distance": 0.1, "ratio": 0.25}
+    pair = {"row": 0, "train_row": 3, "distance": 0.1, "ratio": 0.25, "mirrored": True}
     by_class = dict(zip(CLASSES, (0.25, 0.75, 1.0), strict=True))
     more = {"features": {"model": "margin_model"}, "num_reference": 40, "class_agreement_by_class": by_class, "closest": [pair]}
     write_json(path / "quality.json", found | more)

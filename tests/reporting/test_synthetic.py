@@ -43,6 +43,15 @@ def test_the_page_shows_the_figures_of_synthetic_and_real_images_side_by_side(ma
     assert STAND_IN not in page
 
 
+def test_a_judge_that_was_trained_on_the_images_is_named(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "judge", tmp_path / "judge")
+    assert not read_quality(tmp_path / "judge").circular
+    found = read_json(tmp_path / "judge" / "quality.json")
+    for trained_on, circular in ((["real"], False), (None, False), (["real", "synthetic"], True)):
+        write_json(tmp_path / "judge" / "quality.json", found | {"judged_by": {"digest": "0", "trained_on": trained_on}})
+        assert read_quality(tmp_path / "judge").circular is circular
+
+
 def test_a_stand_in_is_named_before_the_first_result_and_without_a_judgement_there_is_no_table(
     made: Path, tmp_path: Path
 ) -> None:
@@ -101,6 +110,7 @@ def test_sheets_show_every_class_and_the_pairs_that_are_nearest_to_copies(made: 
         [f"synthetic {label}", f"synthetic {label + 3}"] for label in range(3)
     ]
     synthetic, real = pairs.pictures
+    assert real.note == "real 3, mirrored"
     for picture, source, row in ((synthetic, "synthetic", 0), (real, "real", 3)):
         np.testing.assert_array_equal(np.asarray(decode(picture.uri)), stores[source].batch(np.array([row]))[0, :, :, 0])
 
