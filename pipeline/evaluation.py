@@ -1,12 +1,14 @@
 """Robust accuracy: AutoAttack (Croce & Hein, arXiv:2003.01690) through pyautoattack, per sample and attack."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from pyautoattack import AutoAttack
@@ -16,7 +18,6 @@ from torch import Tensor, nn
 from pipeline.artifacts import write_json
 from pipeline.attack_flags import row_flags, summarise_flags
 from pipeline.batches import to_tensor
-from pipeline.checkpoints import Checkpoint
 from pipeline.images import ImageStore
 from pipeline.params import InputError, Section
 from pipeline.reference_attacks import ReferenceAttack, reference_outcomes
@@ -31,9 +32,9 @@ PACKAGE_NORM: dict[NormName, str] = {"linf": "Linf", "l2": "L2"}
 class EvaluateSection(Section):
     """`version: standard` runs all four attacks of AutoAttack; `custom` runs `attacks` in their order. `reference_attacks`
     are run beside it, each alone. `checkpoint`: the model selected on held-out images, or the last one; the other one is
-    evaluated too, without attack and under `reference_attacks`. `shard_rows` test
-    images are evaluated at a time; as the random starts of an attack depend on which images it meets together, this is part
-    of the result."""
+    evaluated too, without attack and under `reference_attacks`. The random starts of AutoAttack depend on which images meet
+    it together, so `batch_size` is part of the result; `shard_rows`, how many images a task takes, changes none: tasks are
+    whole batches of one run over all images."""
 
     version: Literal["standard", "custom"]
     attacks: list[AttackName]
@@ -53,90 +54,60 @@ class EvaluateSection(Section):
     def other_checkpoint(self) -> Literal["best", "last"]:
         return "last" if self.checkpoint == "best" else "best"
 
+    @property
+    def task_rows(self) -> int:
+        """Images of one task: as many whole batches as shard_rows holds, at least one."""
+        return max(1, self.shard_rows // self.batch_size) * self.batch_size
+
     def attacks_for(self, num_classes: int) -> list[AttackName]:
-        """With 2 or 3 classes the targeted DLR loss does not exist: standard takes the plain one, with 2 classes none."""
+        """With 2 or 3 classes the targeted DLR loss does not exist: standard takes the plain one, with 2 classes none.
+
+        Raises:
+            InputError: a custom set names an attack that is not defined for so few classes.
+        """
         if self.version == "custom":
+            check_classes(self.attacks, num_classes)
             return self.attacks
         fitting: list[AttackName] = ["apgd-t"] if num_classes > 3 else ["apgd-dlr"] if num_classes == 3 else []
         return ["apgd-ce", *fitting, "fab-t", "square"]
 
 
-def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Predicted class (N,) of x (N, C, H, W).
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Predicted class (B,) of x (B, C, H, W).
 
     Raises:
         InputError: the model gives NaN or infinite logits.
     """
     with torch.no_grad():
-        logits = torch.cat([model(batch) for batch in x.split(batch_size)])
+        logits = model(x)
     if not bool(torch.isfinite(logits).all()):
         raise InputError("evaluate: wanted finite logits, got NaN or infinity; the model is damaged: train it again")
     return logits.argmax(dim=1)
 
 
-def shards(num_rows: int, shard_rows: int) -> dict[str, dict[str, Any]]:
-    """Name -> first row and end of each piece of at most shard_rows test images that is evaluated at a time."""
-    starts = range(0, num_rows, shard_rows)
-    return {f"{start // shard_rows:05d}": {"start": start, "stop": min(start + shard_rows, num_rows)} for start in starts}
+def load_batch(store: ImageStore, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W), in memory as AutoAttack expects them, and labels (B,) of some rows."""
+    x = to_tensor(store.batch(rows), device).contiguous()
+    return x, torch.from_numpy(np.array(store.labels[rows])).to(device)
+
+
+def shards(store: ImageStore, task_rows: int) -> dict[str, dict[str, Any]]:
+    """Task -> first row and end of each piece of at most task_rows test images.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not len(store):
+        raise InputError(f"{store.path}: wanted test images to evaluate on, got none")
+    starts = range(0, len(store), task_rows)
+    return {
+        f"clean-{index:05d}": {"start": start, "stop": min(start + task_rows, len(store))} for index, start in enumerate(starts)
+    }
 
 
 def evaluate(
     model: nn.Module,
-    store: ImageStore,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-    threat: ThreatParams,
-    attacks: list[AttackName],
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    progress: Callable[[int, int], None],
-    reference_attacks: Sequence[ReferenceAttack] = (),
-    checkpoint: Checkpoint | None = None,
-) -> pa.Table:
-    """One row per test image in [start, stop): row, label, predicted, clean (bool), what AutoAttack would warn of, per
-    reference attack whether the sample survived it alone, and per attack whether it survived it and all before it. Each
-    attack meets only the survivors, as in AutoAttack, and gives the same result as one run of all. Saves to checkpoint after
-    every attack, and goes on from there.
-
-    Raises:
-        InputError: no images, too few classes for an attack, or a model that gives no finite logits.
-    """
-    rows = np.arange(start, len(store) if stop is None else stop)
-    if not len(rows):
-        raise InputError(f"{store.path}: wanted test images to evaluate on, got none")
-    check_classes(attacks, len(store.classes))
-    x = to_tensor(store.batch(rows), device)
-    y = torch.from_numpy(np.array(store.labels[rows])).to(device)
-    predicted = predict(model, x, batch_size)
-    survived: dict[str, Tensor] = {"clean": predicted == y}
-    if checkpoint and (saved := checkpoint.load()):
-        survived = {name: flags.bool().to(device) for name, flags in saved.items()}
-    for attack in attacks:
-        if attack not in survived:
-            survived[attack] = surviving(
-                model, x, y, list(survived.values())[-1], attack,
-                threat=threat, num_classes=len(store.classes), batch_size=batch_size, seed=seed,
-            )  # fmt: skip
-            if checkpoint:
-                checkpoint.save({name: flags.to(torch.uint8) for name, flags in survived.items()})
-        progress(len(rows) * (len(survived) - 1), len(rows) * len(attacks))
-    columns: dict[str, NDArray[np.generic]] = {
-        "row": rows,
-        "label": y.cpu().numpy().astype(np.int16),
-        "predicted": predicted.cpu().numpy().astype(np.int16),
-    }
-    columns["clean"] = survived.pop("clean").cpu().numpy()
-    columns |= row_flags(model, x, y, batch_size)
-    columns |= reference_outcomes(
-        model, x, y, reference_attacks, rows=rows, threat=threat, seed=seed, batch_size=batch_size
-    )  # fmt: skip
-    return pa.table(columns | {name: flags.cpu().numpy() for name, flags in survived.items()})
-
-
-def evaluate_other(
-    model: nn.Module,
+    other: nn.Module,
     store: ImageStore,
     *,
     start: int,
@@ -146,51 +117,109 @@ def evaluate_other(
     batch_size: int,
     seed: int,
     device: torch.device,
-) -> dict[str, NDArray[np.bool_]]:
-    """Of the checkpoint that AutoAttack does not meet, for the test images in [start, stop): `other_clean`, which are
-    classified correctly, and `other_<attack>`, which are so under each reference attack too, from the same starts."""
-    rows = np.arange(start, stop)
-    x = to_tensor(store.batch(rows), device)
-    y = torch.from_numpy(np.array(store.labels[rows])).to(device)
-    found = {"clean": (predict(model, x, batch_size) == y).cpu().numpy()}
-    found |= reference_outcomes(
-        model, x, y, reference_attacks, rows=rows, threat=threat, seed=seed, batch_size=batch_size
-    )  # fmt: skip
-    return {f"{OTHER}{name}": outcome for name, outcome in found.items()}
+    progress: Callable[[int, int], None],
+) -> pa.Table:
+    """All but AutoAttack. One row per test image in [start, stop): row, label, predicted, clean (bool), what AutoAttack would
+    warn of, and per reference attack whether the sample survived it alone; of the other checkpoint, which AutoAttack does
+    not meet, `other_clean` and `other_<attack>`, from the same starts.
+
+    Raises:
+        InputError: a model that gives no finite logits.
+    """
+    tables = []
+    progress(0, stop - start)
+    for first in range(start, stop, batch_size):
+        rows = np.arange(first, min(first + batch_size, stop))
+        x, y = load_batch(store, rows, device)
+        predicted = predict(model, x)
+        columns: dict[str, NDArray[np.generic]] = {
+            "row": rows,
+            "label": y.cpu().numpy().astype(np.int16),
+            "predicted": predicted.cpu().numpy().astype(np.int16),
+            "clean": (predicted == y).cpu().numpy(),
+        }
+        columns |= row_flags(model, x, y, batch_size)
+        alone = partial(
+            reference_outcomes, x=x, y=y, attacks=reference_attacks, rows=rows, threat=threat, seed=seed,
+            batch_size=batch_size,
+        )  # fmt: skip
+        columns |= alone(model)
+        columns[f"{OTHER}clean"] = (predict(other, x) == y).cpu().numpy()
+        columns |= {f"{OTHER}{name}": outcome for name, outcome in alone(other).items()}
+        tables.append(pa.table(columns))
+        progress(int(rows[-1]) + 1 - start, stop - start)
+    return pa.concat_tables(tables)
+
+
+def attack_tasks(attack: AttackName, samples: pa.Table, task_rows: int) -> dict[str, dict[str, Any]]:
+    """Task -> attack and rows, for an attack on all samples that survived those before it. The package too packs its batches
+    from the survivors in the order of their rows: cut between batches, the tasks together do what one run of it does."""
+    before = [samples[name].to_numpy() for name in samples.column_names if name in ("clean", *get_args(AttackName))]
+    survivors = samples["row"].to_numpy()[np.logical_and.reduce(before)].tolist()
+    starts = range(0, len(survivors), task_rows)
+    return {
+        f"{attack}-{index:05d}": {"attack": attack, "rows": survivors[start : start + task_rows]}
+        for index, start in enumerate(starts)
+    }
 
 
 def surviving(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    before: Tensor,
+    store: ImageStore,
+    rows: Sequence[int],
     attack: AttackName,
     *,
     threat: ThreatParams,
-    num_classes: int,
     batch_size: int,
     seed: int,
-) -> Tensor:
-    """Which of the samples (N,) that survived before also survive one more attack."""
-    survivors = before.nonzero().squeeze(1)
-    after = before.clone()
-    if len(survivors):
-        package = auto_attack(model, attack, threat, num_classes, seed, x.device)
-        x_adv, _ = package.run_standard_evaluation(x[survivors].contiguous(), y[survivors], batch_size=batch_size)
-        after[survivors] = predict(model, x_adv, batch_size) == y[survivors]
-    return after
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> pa.Table:
+    """Those of the test images in rows that survive one more attack, as a column `row`.
+
+    Raises:
+        InputError: a model that gives no finite logits.
+    """
+    chosen = auto_attack(model, attack, threat, len(store.classes), seed, device)
+    kept: list[NDArray[np.int64]] = []
+    progress(0, len(rows))
+    for first in range(0, len(rows), batch_size):
+        batch = np.array(rows[first : first + batch_size], dtype=np.int64)
+        x, y = load_batch(store, batch, device)
+        with torch.no_grad():
+            x_adv = chosen.perturb(x, y)
+        kept.append(batch[(predict(model, x_adv) == y).cpu().numpy()])
+        progress(first + len(batch), len(rows))
+    return pa.table({"row": np.concatenate(kept)})
+
+
+def with_outcome(samples: pa.Table, attack: AttackName, parts: Sequence[Path]) -> pa.Table:
+    """samples with the outcome of one more attack, after those before it; parts: what `surviving` gave for its tasks."""
+    survivors = read_parts(parts)["row"].to_numpy() if parts else np.empty(0, np.int64)
+    outcome = pa.array(np.isin(samples["row"].to_numpy(), survivors))
+    return samples.add_column(samples.column_names.index(f"{OTHER}clean"), attack, outcome)
+
+
+def read_parts(parts: Sequence[Path]) -> pa.Table:
+    """The tables of several tasks as one, laid out in memory, and so in a file, as that of a single task."""
+    return pa.concat_tables([pq.read_table(part) for part in parts]).combine_chunks()
 
 
 def auto_attack(
     model: nn.Module, attack: AttackName, threat: ThreatParams, num_classes: int, seed: int, device: torch.device
-) -> AutoAttack:
-    """One attack with the settings of the standard version, aimed at min(9, num_classes - 1) targets."""
+) -> Any:
+    """One attack of the package as its standard version sets it up, aimed at min(9, num_classes - 1) targets. `perturb(x, y)`
+    of one batch does what the package's `run_standard_evaluation` does with it; that itself would first leave out the images
+    that the model, in the batch they now are in, gets wrong by a rounding error, which a run over all images does not."""
     package = AutoAttack(
         model, norm=PACKAGE_NORM[threat.norm], eps=threat.eps, seed=seed, version="standard", device=device
     )  # fmt: skip
-    package.attacks_to_run = [attack]
     package.apgd_targeted.n_target_classes = package.fab.n_target_classes = min(9, num_classes - 1)
-    return package
+    package.fab.targeted = attack == "fab-t"
+    if attack in ("apgd-ce", "apgd-dlr"):
+        package.apgd.loss = attack.removeprefix("apgd-")
+        return package.apgd
+    return {"apgd-t": package.apgd_targeted, "square": package.square}.get(attack, package.fab)
 
 
 def check_classes(attacks: list[AttackName], num_classes: int) -> None:

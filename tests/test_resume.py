@@ -1,4 +1,4 @@
-"""Training and the generator killed at random points, as real processes: they end with the bytes of a run that was not."""
+"""Training, the generator and an evaluation killed, as real processes: they end with the bytes of a run that was not."""
 
 import json
 import os
@@ -15,12 +15,15 @@ import pytest
 import torch
 
 from pipeline.artifacts import write_table
+from pipeline.batches import to_tensor
 from pipeline.checkpoints import Checkpoint
 from pipeline.execution.store import RunStore
-from pipeline.images import ImageStore
+from pipeline.images import Images, ImageStore, Labels
 from pipeline.manifest import write_manifest
+from pipeline.models import Classifier
+from pipeline.models.checkpoint import save_model
 from pipeline.pruning import Strategy
-from tests.conftest import ROOT, TINY, make_store
+from tests.conftest import ROOT, TINY, digits, make_store, untrained
 from tests.test_pruning import margin_table
 
 TRAINING = {
@@ -36,17 +39,28 @@ PARAMS = {
         "training": {"steps": 80, "batch_size": 16, "warmup_steps": 2, "ema_decay": 0.9, "flip": True, "seed": 0},
     },
     "train": {"model": TINY.model_dump(), "training": TRAINING},
+    "evaluate": {
+        "version": "custom",
+        "attacks": ["apgd-ce", "apgd-dlr"],
+        "reference_attacks": ["fgsm"],
+        "checkpoint": "best",
+        "batch_size": 16,
+        "shard_rows": 16,
+    },
     "execution": {"backend": "local", "device": "cpu", "threads": 1, "checkpoint_s": 0.3},
 }
 COMMANDS = {
     "generator": ["stages.generator", "real", "generator"],
     "train": ["stages.train", "real", "synthetic", "manifest", "model", "0"],
+    "evaluate": ["stages.evaluate", "test", "model", "evaluation", "none", "0"],
 }
 
 
 def start(project: Path, stage: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DVC_ROOT": str(project)}
-    return subprocess.Popen([sys.executable, "-m", *COMMANDS[stage]], cwd=project, env=environment, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", *COMMANDS[stage]]
+    with (project / "log").open("wb") as log:
+        return subprocess.Popen(command, cwd=project, env=environment, stderr=log)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -93,6 +107,42 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bytes(
     assert not list((tmp_path / "killed").glob(".runs/*/*/work/*")), "checkpoints are freed when the result is published"
 
 
+def test_an_evaluation_that_is_killed_after_its_first_attack_does_not_repeat_it_and_ends_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    images, labels = digits("test", 48)
+    description = {
+        "architecture": TINY.architecture, "arguments": TINY.arguments, "shape": [8, 8, 1],
+        "classes": list("0123456789"),
+    }  # fmt: skip
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "params.yaml").write_text(json.dumps(PARAMS | {"threat": {"norm": "linf", "eps_255": 3}}))
+        for checkpoint, seed in (("best", 1), ("last", 0)):
+            save_model(tmp_path / name / "model" / checkpoint, untrained(seed), description)
+        make_store(tmp_path / name / "test", (images, as_predicted(untrained(1), images, labels)))
+    assert start(tmp_path / "whole", "evaluate").wait() == 0
+    killed = tmp_path / "killed"
+    child = start(killed, "evaluate")
+    while child.poll() is None and not list(killed.glob(".runs/*/*/work/apgd-dlr-*")):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the run was too short to be killed"
+    assert not (killed / "evaluation").exists()
+    assert len(list(killed.glob(".runs/*/*/tasks/apgd-ce-*/done.json"))) > 1
+    assert start(killed, "evaluate").wait() == 0
+    whole, again = (contents(tmp_path / name / "evaluation") for name in ("whole", "killed"))
+    assert whole == again
+    assert whole
+    repeated = (killed / "log").read_text()
+    assert "apgd-dlr-00001: " in repeated
+    assert "apgd-ce-" not in repeated
+    assert "clean-" not in repeated
+    assert "apgd-ce-00001: " in (tmp_path / "whole/log").read_text()
+    accuracy = json.loads(whole["metrics.json"])["attacks"]
+    assert 0.5 < accuracy["apgd-dlr"] <= accuracy["apgd-ce"] < 35 / 48
+
+
 def test_dvc_repro_that_is_killed_goes_on_from_the_checkpoint(tmp_path: Path, stores: dict[str, ImageStore]) -> None:
     store, checkpoints = stores["real"], ".runs/*/*/work/*/checkpoint.safetensors"
     for name in ("killed", "whole"):
@@ -120,6 +170,13 @@ def test_dvc_repro_that_is_killed_goes_on_from_the_checkpoint(tmp_path: Path, st
     assert 0 < reached["step"] < 80
     subprocess.run(repro, cwd=killed, env=environment, check=True)
     assert contents(killed / "generator") == contents(tmp_path / "whole/generator")
+
+
+def as_predicted(model: Classifier, images: Images, labels: Labels) -> Labels:
+    """The labels that model gives the images, but for the first ten."""
+    with torch.no_grad():
+        predicted = model(to_tensor(images, torch.device("cpu"))).argmax(dim=1).numpy()
+    return np.where(np.arange(len(labels)) < 10, (predicted + 1) % 10, predicted)
 
 
 def test_a_checkpoint_gives_back_what_was_saved_and_a_damaged_one_is_named_and_counts_as_none(
