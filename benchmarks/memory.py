@@ -2,7 +2,7 @@
 drawing as many images shard by shard with a tiny generator.
 
 python benchmarks/memory.py --rows 1000000
-python benchmarks/memory.py --rows 1000000 --sampling
+python benchmarks/memory.py --rows 32768 --sampling    # 8 shards
 """
 
 import json
@@ -27,6 +27,7 @@ from pipeline.margins import MarginsSection, shards, write_shard
 from pipeline.models import Classifier, ModelParams, build_network
 
 SHAPE, SHARD_ROWS, LIMIT_GB = (32, 32, 3), 65536, 1.5
+DRAWN_SHARD_ROWS = 4096  # small, so that a run of minutes has many shards
 TINY = ModelParams(architecture="preactresnet", arguments={"blocks": [1], "width": 4, "stem_stride": 8})
 
 
@@ -51,12 +52,13 @@ def draw_images(folder: Path, rows: int) -> None:
     network = NetworkParams(channels=4, multipliers=(1, 1, 1), blocks=1, attention_resolutions=())
     net, parts = build_unet(network, SHAPE, 10, 0).requires_grad_(False), []
     sampler = SamplerParams(num_steps=2)
-    for first in range(0, rows, SHARD_ROWS):
-        stop = min(first + SHARD_ROWS, rows)
+    for first in range(0, rows, DRAWN_SHARD_ROWS):
+        stop = min(first + DRAWN_SHARD_ROWS, rows)
         chunks = sample_images(net, first, stop, batch_size=512, seed=0, sigma_data=0.5, sampler=sampler)
         parts.append(folder / f"part-{first}")
         classes = tuple("0123456789")
         write_store(parts[-1], chunks, classes=classes, shape=SHAPE, shard_rows=stop - first, origin={})
+        print(f"{len(parts)} shards, {stop} images: resident set at most {resident_gb():.2f} GiB", flush=True)
     (folder / "all").mkdir()
     join_stores(folder / "all", parts, {})
 

@@ -26,7 +26,7 @@ def run_local(store: RunStore, tasks: list[str], resources: StageExecution) -> N
     if len(missing) < len(tasks):
         print(f"{store.stage}: {len(tasks) - len(missing)} of {len(tasks)} tasks are done already", flush=True)
     for name in missing:
-        label = store.stage if len(tasks) == 1 else f"{store.stage} {name}"
+        label = store.stage if len(store.tasks()) == 1 else f"{store.stage} {name}"
         if resources.ranks > 1:
             run_ranks(store, name, resources.ranks, settings())
             continue
