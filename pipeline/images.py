@@ -140,20 +140,19 @@ class ImageStore:
         size = prod(self.shape)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         starts = (rows - self.starts[shards]) * size
-        places = list(zip(shards.tolist(), starts.tolist(), strict=True))
         if len(self) * size > LARGEST_MAPPED:
-            return self._read_batch(places, size)
+            return self._read_batch(shards.tolist(), starts.tolist(), size)
         views = {index: self._bytes(index) for index in set(shards.tolist())}
-        images = [views[index][start : start + size] for index, start in places]
+        images = [views[index][start : start + size] for index, start in zip(shards.tolist(), starts.tolist(), strict=True)]
         # One copy of each image, which indexing with an array does not reach.
         return np.frombuffer(bytearray().join(images), np.uint8).reshape(-1, *self.shape)
 
-    def _read_batch(self, places: list[tuple[int, int]], size: int) -> Images:
-        """Images of size bytes that begin at places (shard, byte of its images)."""
-        files = {index: self._file(index) for index in {index for index, _ in places}}
-        batch = np.empty((len(places), *self.shape), np.uint8)
+    def _read_batch(self, shards: list[int], starts: list[int], size: int) -> Images:
+        """Images of size bytes, each in a shard from a byte of its images on."""
+        files = {index: self._file(index) for index in set(shards)}
+        batch = np.empty((len(shards), *self.shape), np.uint8)
         into = batch.reshape(-1).data
-        for number, (index, start) in enumerate(places):
+        for number, (index, start) in enumerate(zip(shards, starts, strict=True)):
             file, offset = files[index]
             done = os.preadv(file, [into[number * size : (number + 1) * size]], offset + start)
             if done != size:
