@@ -3,7 +3,7 @@
 The headline compares equals: bf16, channels last, and both compiled or neither.
 
 python benchmarks/sampling.py
-python benchmarks/sampling.py --compiled --rounds 2
+python benchmarks/sampling.py --compiled --channels 16 --blocks 1 --steps 3 --rounds 2    # compiling takes minutes on a CPU
 python benchmarks/sampling.py --device cuda --compiled --channels 128 --blocks 4 --images 512 --steps 18
 python benchmarks/sampling.py --data data    # with the artifacts of make repro: what bf16, compile and fewer steps cost
 """
@@ -28,7 +28,8 @@ from pipeline.edm import load_generator
 from pipeline.edm.network import NetworkParams, UNet, build_unet
 from pipeline.edm.sampling import SamplerParams, image_sampler, sample_images
 from pipeline.features import Penultimate
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.judging import JudgeSection, judge
 from pipeline.models.checkpoint import load_model
 
