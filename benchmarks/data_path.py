@@ -33,7 +33,8 @@ from torchvision.transforms import v2
 
 from pipeline.artifacts import MANIFEST_SCHEMA
 from pipeline.attacks import PGDParams
-from pipeline.images import Images, ImageStore, Labels, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import Images, ImageStore, Labels
 from pipeline.models import ModelParams, build_network
 from pipeline.threat import ThreatParams
 from pipeline.training import TrainingParams, train

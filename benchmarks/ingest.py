@@ -44,7 +44,7 @@ def generate(file: Path, num_images: int) -> None:
 
 
 def ours(file: Path, out: Path, seed: int | None) -> None:
-    from pipeline.images import write_store
+    from pipeline.image_writing import write_store
     from pipeline.sources.npz import Archives, archive_split, read_labels
 
     archives = Archives.open([file])
@@ -62,7 +62,7 @@ def load_and_save(file: Path, out: Path) -> None:
 
 
 def jpeg(file: Path, out: Path) -> dict[str, int]:
-    from pipeline.images import write_store
+    from pipeline.image_writing import write_store
     from pipeline.sources.imagefolder import ImageFolderParams
 
     inside = "tiny-imagenet-20/train"

@@ -21,7 +21,8 @@ from pipeline.balls import BALLS
 from pipeline.deepfool import DeepFoolParams
 from pipeline.edm.network import NetworkParams, build_unet
 from pipeline.edm.sampling import SamplerParams, sample_images
-from pipeline.images import ImageStore, join_stores, shard_name, write_store
+from pipeline.image_writing import join_stores, write_store
+from pipeline.images import ImageStore, shard_name
 from pipeline.margin_quality import write_quality
 from pipeline.margins import MarginsSection, shards, write_shard
 from pipeline.models import Classifier, ModelParams, build_network

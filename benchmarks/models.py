@@ -13,7 +13,8 @@ import typer
 from pipeline.attacks import pgd
 from pipeline.balls import BALLS
 from pipeline.batches import to_float, to_tensor
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.losses import cross_entropy
 from pipeline.models import Classifier, ModelParams, build_network
 from pipeline.models.checkpoint import save_model

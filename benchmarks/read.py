@@ -26,7 +26,8 @@ from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pipeline.images import Images, ImageStore, Labels, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import Images, ImageStore, Labels
 
 GOAL = 5.0
 Reader = Callable[[list[np.ndarray]], Iterator[tuple[Any, Any]]]  # rows of each batch -> images and labels

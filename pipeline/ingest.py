@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.artifacts import write_json
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.sources import Source, stratified
 from pipeline.sources.corrupt import Corrupt
 from pipeline.sources.source import SplitName

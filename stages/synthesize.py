@@ -23,7 +23,8 @@ from pipeline.edm.selecting import (
     scorer,
 )
 from pipeline.execution import Task, device, guarded_publish, stage_run
-from pipeline.images import ImageStore, join_stores, write_store
+from pipeline.image_writing import join_stores, write_store
+from pipeline.images import ImageStore
 from pipeline.models.checkpoint import describe, load_model
 from pipeline.params import InputError, Section, StageParams
 from pipeline.sources.left_out import Given, LeftOutParams, left_out

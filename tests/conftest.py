@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.images import Chunk, ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import Chunk, ImageStore
 from pipeline.models import Classifier, ModelParams, build_network
 from pipeline.sources.digits import DigitsParams
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline import evaluation
 from pipeline.artifacts import read_json
 from pipeline.evaluation import AttackName, EvaluateSection, shards
-from pipeline.images import write_store
+from pipeline.image_writing import write_store
 from pipeline.models import Classifier, ModelParams, build_network, register
 from pipeline.models.checkpoint import save_model
 from pipeline.params import InputError, explain

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipeline import fidelity
 from pipeline.fidelity import density_and_coverage, frechet_distance, nearest_images
-from pipeline.images import Images, ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import Images, ImageStore
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.artifacts import digest_file
-from pipeline.images import Chunk, Images, ImageStore, Labels, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import Chunk, Images, ImageStore, Labels
 from pipeline.params import InputError
 
 SHAPE = (2, 3, 3)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline.artifacts import MARGINS_SCHEMA, write_table
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.manifest import write_manifest
 from pipeline.params import InputError
 from pipeline.pruning import Strategy

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.images import StoreHeader, load_map, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import StoreHeader, load_map
 from pipeline.params import InputError
 from pipeline.verify import check_counts, check_file, stores_below, verify
 from tests.conftest import ROOT

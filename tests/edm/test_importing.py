@@ -21,7 +21,8 @@ from pipeline.edm import pickles
 from pipeline.edm.importing import LICENCE, import_edm, network_params, rename
 from pipeline.edm.network import NetworkParams, UNet, build_unet
 from pipeline.edm.pickles import Module, Storage, StoredTensor, read_pickle
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.params import InputError
 from stages.generator import main as generate
 from stages.synthesize import main as synthesize

@@ -12,7 +12,8 @@ from torch import Tensor
 from pipeline.edm import training
 from pipeline.edm.network import NetworkParams, build_unet
 from pipeline.edm.training import TrainingState, start, train_generator
-from pipeline.images import Images, ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import Images, ImageStore
 from pipeline.params import InputError
 
 NETWORK = NetworkParams(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(), dropout=0.1, label_dropout=0.1)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, write_json, write_table
-from pipeline.images import write_store
+from pipeline.image_writing import write_store
 from pipeline.perceptron import PerceptronSection, learning_curves, measure_shares
 from pipeline.perceptron_conclusions import write_perceptron
 

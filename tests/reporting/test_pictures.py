@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from pipeline.artifacts import SOURCES
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.params import InputError
 from pipeline.reporting import distributions
 from pipeline.reporting.distributions import kept_rows

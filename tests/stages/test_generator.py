@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.artifacts import digest_file, read_json, write_json
 from pipeline.edm import load_generator
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.params import InputError
 from stages.generator import GeneratorParams, main
 

@@ -8,7 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.artifacts import digest_file, read_json, write_json
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.models.checkpoint import save_model
 from pipeline.params import InputError
 from stages.judge import JudgeParams, main

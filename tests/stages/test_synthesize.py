@@ -11,7 +11,8 @@ from torch import nn
 
 from pipeline.artifacts import digest_file, read_json
 from pipeline.batches import to_tensor
-from pipeline.images import ImageStore, write_store
+from pipeline.image_writing import write_store
+from pipeline.images import ImageStore
 from pipeline.models import Classifier, build_network
 from pipeline.models.checkpoint import load_model, save_model
 from pipeline.params import InputError
