@@ -148,7 +148,7 @@ def test_an_imported_model_must_be_for_the_same_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "arguments", "message"),
     [
-        ("resnext", {}, "wanted an architecture out of preactresnet, resnet, .*vit, wideresnet, or module.function of a module"),
+        ("resnext", {}, "wanted an architecture out of preactresnet, resnet, .*vit, wideresnet, or module.function"),
         ("nets.of.nobody", {}, "wanted the file nets/of.py in the project for 'nets.of', found none"),
         ("resnet", {"depth": 20}, "wanted depth out of 18, 34, 50, 101, 152"),
         ("vit", {"patch_size": 3}, "wanted square images whose side is a multiple of patch_size, got 8 x 8 and 3"),
