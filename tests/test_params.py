@@ -5,7 +5,9 @@ from typing import Annotated
 
 import pytest
 from pydantic import Field, PositiveInt
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.params import InputError, Section, StageParams, read_yaml
 
 
@@ -113,3 +115,14 @@ def test_a_file_that_is_no_mapping_in_yaml_is_refused(tmp_path: Path, content: b
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wanted a YAML file, found none"):
         read_yaml(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", [command.name for command in app.registered_commands])
+def test_every_command_explains_itself_as_it_is_written(name: str) -> None:
+    """Help is markup to the library, in which brackets are styles."""
+    (command,) = [command for command in app.registered_commands if command.name == name]
+    told = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert told.exit_code == 0
+    assert command.callback is not None
+    assert command.callback.__doc__ is not None
+    assert "".join(command.callback.__doc__.split()) in "".join(told.output.split())

@@ -19,7 +19,7 @@ def recipe(
 ) -> None:
     """Write a recipe to params.yaml and show the difference.
 
-    Example: python -m pipeline recipe cifar10-small --set ingest.source.train=[/data/cifar10/train.parquet]
+    Example: python -m pipeline recipe cifar10-small --set ingest.source.train=[PATH/train.parquet]
     """
     if name is None:
         for path in recipes.available():
