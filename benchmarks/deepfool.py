@@ -180,7 +180,7 @@ def floor(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, scale: Tensor)
     """Images per second if the forward and backward passes that our DeepFool takes ran at the rate of a large convolution."""
     fast, passes = inference_copy(model), 0
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        fast(x[:1])
+        fast(x[:2])
 
     def count(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
         def count_backward(_: Tensor) -> None:
@@ -202,7 +202,7 @@ def floor(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, scale: Tensor)
         torch.nn.functional.conv2d(z, weight, padding=1)
         times.append(now(x.device) - begin)
     rate = 2 * 8 * 256 * 256 * 9 * 32 * 32 / min(times)
-    return rate / (counter.get_total_flops() * passes / len(x))
+    return rate / (counter.get_total_flops() / 2 * passes / len(x))
 
 
 def show_tricks(
