@@ -1,5 +1,6 @@
 """One set of artifacts for all tests that only read them."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,7 @@ SEEDS = (0, 1)
 
 
 def artifacts_at(root: Path) -> Artifacts:
-    names = (
-        "real",
-        "synthetic",
-        "generator",
-        "margin_model",
-        "judge",
-        "margins",
-        "manifests",
-        "models",
-        "evaluations",
-        "perceptron",
-    )
-    return Artifacts(*(root / name for name in names))
+    return Artifacts(*(root / field.name for field in fields(Artifacts)))
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from pipeline.params import InputError, read_yaml
+from pipeline.reporting.inputs import Artifacts
 from stages.report import ReportParams, main
 from tests.conftest import ROOT
 from tests.reporting.artifacts import write_artifacts
@@ -33,18 +35,7 @@ synthesize: {}
 evaluate: {}
 perceptron: {}
 """
-INPUTS = (
-    "real",
-    "synthetic",
-    "generator",
-    "margin_model",
-    "judge",
-    "margins",
-    "manifests",
-    "models",
-    "evaluations",
-    "perceptron",
-)
+INPUTS = tuple(field.name for field in fields(Artifacts))
 
 
 @pytest.fixture
