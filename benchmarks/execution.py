@@ -70,7 +70,7 @@ def main() -> None:
             first = timed(toy, "dvc repro")
             idle = timed(toy, "dvc repro")
             print(f"no-op dvc repro, {STAGES} stages: {idle:.1f} s; per executed stage: {(first - idle) / STAGES:.2f} s more")
-            stages(toy, "python -m stages.toy source.txt OUT")
+            stages(toy, "exec python -m stages.toy source.txt OUT")
             toy.set(tasks=1, steps=20, step_s=0.5)
             serial = timed(toy, "dvc repro")
             toy.set(tasks=1, steps=20, step_s=0.5, fail=99)

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, scan_table, table_parts, write_json
+from pipeline.params import InputError
 from pipeline.pruning import KEPT, Choice, Mask, Read, Strategy, choose, eps_function, load_columns, reasons
 from pipeline.selection import CHUNK_ROWS
+from pipeline.threat import NormName
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
@@ -49,6 +51,20 @@ def write_manifest(folder: Path, margins: Path, strategy: Strategy, eps: float) 
             written = behind.submit(writer.write_batch, batch)
         written.result()
     write_json(folder / "summary.json", summary.content())
+
+
+def check_norm(margins: Path, strategy: Strategy, norm: NormName) -> None:
+    """Refuse an eps rule that compares margins of one norm with radii of another.
+
+    Raises:
+        InputError: the rule does, or there is no margin table.
+    """
+    found = (pq.read_schema(table_parts(margins, MARGINS_SCHEMA)[0]).metadata or {}).get(b"norm", norm.encode()).decode()
+    if found != norm and strategy.eps.compares_norms:
+        raise InputError(
+            f"eps rule {strategy.eps.rule}: wanted margins in {norm}, the norm of the threat, to compare with its radius, got "
+            f"{found}; use the rule rank or constant, or set margins.norm to null"
+        )
 
 
 def prune(margins: pa.Table, strategy: Strategy, eps: float) -> tuple[pa.Table, dict[str, Any]]:

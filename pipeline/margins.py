@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.artifacts import MARGINS_SCHEMA, SOURCES, place, read_table, write_table
-from pipeline.balls import Ball
+from pipeline.balls import BALLS, Ball
 from pipeline.batches import stream, to_tensor
 from pipeline.deepfool import DeepFoolParams, DeepFoolResult, deepfool
 from pipeline.hyperplanes import MOST_CALIBRATED, gradient_scale
@@ -25,6 +25,7 @@ from pipeline.losses import cross_entropy, cw_margin
 from pipeline.models.inference import inference_copy
 from pipeline.params import InputError, Section
 from pipeline.randomness import numpy_stream
+from pipeline.threat import NormName, ThreatParams
 from pipeline.tight import TightParams, tight
 
 Progress = Callable[[int, int], None]  # done, total
@@ -40,14 +41,16 @@ class QualityParams(Section):
 
 
 class MarginsSection(Section):
-    """`estimator`: DeepFool as in the paper, or `tight`, which goes on from it and is several times slower. `bf16` takes
-    gradients in bfloat16. All gradients at `calibration_rows` real images foretell which classes are near (0: the weights
-    of the last layer do). `grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The stage
-    fails when more than the share `max_not_converged` of the rows has no margin."""
+    """`estimator`: DeepFool as in the paper, or `tight`, which goes on from it and is several times slower. `norm` is that of
+    the distances (null: the threat's; an eps rule that compares distances with radii needs that). `bf16` takes gradients in
+    bfloat16. All gradients at `calibration_rows` real images foretell which classes are near (0: the weights of the last
+    layer do). `grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The stage fails when
+    more than the share `max_not_converged` of the rows has no margin."""
 
     estimator: Literal["deepfool", "tight"] = "deepfool"
     deepfool: DeepFoolParams
     tight: TightParams = TightParams()
+    norm: NormName | None = None
     bf16: bool = False
     calibration_rows: NonNegativeInt = 128
     grand: bool
@@ -55,6 +58,10 @@ class MarginsSection(Section):
     shard_rows: PositiveInt
     max_not_converged: float = Field(ge=0, le=1)
     quality: QualityParams = QualityParams()
+
+    def ball(self, threat: ThreatParams) -> Ball:
+        """The geometry in which margins are measured under threat."""
+        return BALLS[self.norm or threat.norm]
 
 
 def shards(stores: dict[str, ImageStore], shard_rows: int) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ The table is read in batches, and only the columns that a strategy needs are hel
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +27,14 @@ KEPT, MISCLASSIFIED, NOT_CONVERGED, LOW, HIGH = range(5)  # codes of the reasons
 class ConstantEps(Section):
     """Every kept sample is attacked with the eps of the threat."""
 
+    compares_norms: ClassVar[bool] = False  # whether radii follow from distances, so that both must be of one norm
     rule: Literal["constant"] = "constant"
 
 
 class MarginEps(Section):
     """eps_i = min(eps, scale * max(m_i, 0)), the rule of PUMA as we read it."""
 
+    compares_norms: ClassVar[bool] = True
     rule: Literal["margin"]
     scale: PositiveFloat = 1.0
 
@@ -40,6 +42,7 @@ class MarginEps(Section):
 class FloorEps(Section):
     """eps_i = max(min_eps_255 / 255, min(eps, scale * max(m_i, 0)))."""
 
+    compares_norms: ClassVar[bool] = True
     rule: Literal["floor"]
     min_eps_255: PositiveFloat
     scale: PositiveFloat = 1.0
@@ -48,6 +51,7 @@ class FloorEps(Section):
 class QuantileEps(Section):
     """As `margin`, for the share q of lowest margins only; the others have the eps of the threat."""
 
+    compares_norms: ClassVar[bool] = True
     rule: Literal["quantile"]
     q: float = Field(gt=0, le=1)
     scale: PositiveFloat = 1.0
@@ -57,6 +61,7 @@ class RankEps(Section):
     """eps_i grows linearly with the rank of the margin (the number of lower ones), from 0 at the lowest to eps at the share
     q."""
 
+    compares_norms: ClassVar[bool] = False
     rule: Literal["rank"]
     q: float = Field(gt=0, le=1)
 

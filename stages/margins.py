@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from pipeline.artifacts import place_all
-from pipeline.balls import BALLS
 from pipeline.execution import Task, device, stage_run
 from pipeline.images import ImageStore
 from pipeline.margin_quality import write_quality
@@ -26,7 +25,7 @@ def measure(task: Task, train_path: Path, synthetic_path: Path, model_path: Path
     params = MarginsParams.model_validate_json(task.params)
     stores = {"real": ImageStore.open(train_path), "synthetic": ImageStore.open(synthetic_path)}
     model, description = load_model(model_path / "best", device())
-    ball = BALLS[params.threat.norm]
+    ball = params.margins.ball(params.threat)
     scale = foretold_norms(model, stores["real"], ball, params.margins, device())
     write_shard(
         task.output / PART, model, stores[source], source=source, start=start, stop=stop, ball=ball, settings=params.margins,
@@ -40,7 +39,7 @@ def judge(task: Task, train_path: Path, synthetic_path: Path, model_path: Path, 
     stores = {"real": ImageStore.open(train_path), "synthetic": ImageStore.open(synthetic_path)}
     model, _ = load_model(model_path / "best", device())
     place_parts(task.output, [Path(part) for part in parts])
-    ball = BALLS[params.threat.norm]
+    ball = params.margins.ball(params.threat)
     write_quality(task.output, model, stores, ball=ball, settings=params.margins, device=device())
 
 

@@ -79,12 +79,12 @@ def test_the_import_closure_sees_imports_inside_functions_and_leaves_execution_o
 def test_the_command_names_only_declared_paths_and_fits_the_main_of_the_stage(stage: str) -> None:
     declared = body(stage)
     command = shlex.split(str(declared["cmd"]))
-    assert command[:3] == ["python", "-m", f"stages.{stage}"]
-    paths = [word for word in command[3:] if word.startswith("data/")]
+    assert command[:4] == ["exec", "python", "-m", f"stages.{stage}"]
+    paths = [word for word in command[4:] if word.startswith("data/")]
     assert set(paths) == {path for path in [*declared["deps"], *declared["outs"]] if path.startswith("data/")}
     module = inspect.getmodule(project.params_class(stage))
     main = inspect.signature(module.main)  # type: ignore[union-attr]
-    assert len(main.parameters) == len(command) - 3
+    assert len(main.parameters) == len(command) - 4
     assert len(inspect.getsource(module.main).splitlines()) <= 30  # type: ignore[union-attr]
 
 

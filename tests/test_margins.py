@@ -11,6 +11,7 @@ from pipeline.images import ImageStore
 from pipeline.margin_quality import sample_places, write_quality
 from pipeline.margins import MarginsSection, foretold_norms, grand, place_parts, scores, shards, write_shard
 from pipeline.params import InputError
+from pipeline.threat import ThreatParams
 from tests.conftest import untrained
 
 CPU = torch.device("cpu")
@@ -129,3 +130,9 @@ def test_a_model_that_gives_nan_is_named_with_the_rows(tmp_path: Path, stores: d
         next(broken.parameters()).fill_(torch.nan)
     with pytest.raises(InputError, match="margins, real rows 0 to 63: wanted finite logits"):
         write(tmp_path / "margins", stores, settings(), broken)
+
+
+def test_the_norm_of_the_margins_is_that_of_the_threat_unless_it_is_said() -> None:
+    threat = ThreatParams(norm="linf", eps_255=8)
+    assert settings().ball(threat) is BALLS["linf"]
+    assert settings(norm="l2").ball(threat) is BALLS["l2"]

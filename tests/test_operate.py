@@ -188,7 +188,7 @@ def half_done(task: Task, source: Path, index: int) -> None:
 
 
 FIRST = '  first: {cmd: "true", outs: [source]}\n'
-JUDGE = "  judge: {cmd: python -m stages.judge, deps: [source], params: [judge], outs: [data/judge]}\n"
+JUDGE = "  judge: {cmd: exec python -m stages.judge, deps: [source], params: [judge], outs: [data/judge]}\n"
 
 
 def test_the_plan_counts_only_the_tasks_that_the_stage_would_find_done() -> None:

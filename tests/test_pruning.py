@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA
-from pipeline.manifest import prune
+from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, write_table
+from pipeline.manifest import check_norm, prune
 from pipeline.params import InputError
 from pipeline.pruning import Strategy, quotas
 
@@ -192,3 +194,20 @@ def test_a_missing_score_and_an_empty_result_are_clear_errors() -> None:
         prune(without, strategy(score="grand", keep=0.5), EPS)
     with pytest.raises(InputError, match="keeps none of 300 rows; raise keep"):
         prune(margins, strategy(score="random", keep=0.001), EPS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "refused"),
+    [
+        ({"rule": "constant"}, False),
+        ({"rule": "rank", "q": 0.5}, False),
+        ({"rule": "margin"}, True),
+        ({"rule": "floor", "min_eps_255": 1}, True),
+        ({"rule": "quantile", "q": 0.5}, True),
+    ],
+)
+def test_margins_in_one_norm_set_no_radius_in_another(tmp_path: Path, rule: dict[str, Any], refused: bool) -> None:
+    write_table(tmp_path / "part-00000.parquet", margin_table(), {"norm": "l2"})
+    check_norm(tmp_path, strategy(eps=rule), "l2")
+    with pytest.raises(InputError, match="wanted margins in linf.*got l2") if refused else nullcontext():
+        check_norm(tmp_path, strategy(eps=rule), "linf")

@@ -152,12 +152,12 @@ def test_dvc_repro_that_is_killed_goes_on_from_the_checkpoint(tmp_path: Path, st
         make_store(project / "real", (store.batch(np.arange(len(store))), store.labels.copy()))
     assert start(tmp_path / "whole", "generator").wait() == 0
     killed = tmp_path / "killed"
-    command = f"{sys.executable} -m stages.generator real generator"
+    command = f"exec {sys.executable} -m stages.generator real generator"
     stage = {"cmd": command, "params": ["generator"], "deps": ["real"], "outs": ["generator"]}
     (killed / "dvc.yaml").write_text(json.dumps({"stages": {"generator": stage}}))
     subprocess.run(["git", "init", "-q"], cwd=killed, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=killed, check=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SHELL": "/bin/sh"}
     repro = [sys.executable, "-m", "dvc", "repro", "-q"]
     with subprocess.Popen(repro, cwd=killed, env=environment) as child:
         while child.poll() is None and not list(killed.glob(checkpoints)):

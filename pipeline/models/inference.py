@@ -2,6 +2,7 @@
 folded, channels last, bf16."""
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -33,12 +34,28 @@ class Affine(nn.Module):
         return torch.addcmul(self.shift, x, self.scale)
 
 
+class RowByRow(nn.Module):
+    """A linear layer that multiplies each row of a batch (B, D) by itself: the product for all of them together is rounded in
+    another way for another B, on some CPUs."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2:
+            return self.linear(x)
+        found = torch.bmm(x[:, None, :], self.linear.weight.t().expand(len(x), -1, -1)).squeeze(1)
+        return found if self.linear.bias is None else found + self.linear.bias
+
+
 def inference_copy(model: nn.Module, *, bf16: bool = False) -> nn.Module:
     """The same function, in eval mode and without gradients of its weights, faster: channels last, and BatchNorm as part
     of the convolution before it where torch.fx finds one, else as a scale and a shift. With `bf16` the gradients, and
     only they, are computed in bfloat16. The model is not changed."""
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast = fold_batchnorm(fast).to(memory_format=torch.channels_last)
+    replace(fast, lambda child: RowByRow(child) if type(child) is nn.Linear else child)
     if bf16:
         return MixedPrecision(NeverAlone(fast), NeverAlone(copy.deepcopy(fast).to(torch.bfloat16))).eval()
     return NeverAlone(fast).eval()
@@ -59,11 +76,15 @@ class NeverAlone(nn.Module):
 def fold_batchnorm(model: nn.Module) -> nn.Module:
     with suppress(TraceError, TypeError, RuntimeError):  # torch.fx cannot follow a forward pass that asks about its input
         model = fuse(model, inplace=True)
+    replace(model, lambda child: Affine(child) if isinstance(child, nn.BatchNorm2d) and child.track_running_stats else child)
+    return model
+
+
+def replace(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> None:
+    """Put in the place of every module inside model what change makes of it."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d) and child.track_running_stats:
-                setattr(module, name, Affine(child))
-    return model
+            setattr(module, name, change(child))
 
 
 class MixedPrecision(nn.Module):

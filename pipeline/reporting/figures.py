@@ -143,11 +143,11 @@ def margin_figure(
     histogram: MarginHistogram,
     manifests: Sequence[Manifest],
     styles: Mapping[str, Style],
-    eps: float,
+    eps: float | None,
     names: Mapping[str, str],
 ) -> Figure:
-    """Share of each source per bin, the radius of the threat and the cuts of the strategies that prune by margin; names:
-    what the sources are called."""
+    """Share of each source per bin, the radius of the threat (None: of another norm) and the cuts of the strategies that
+    prune by margin; names: what the sources are called."""
     shares = {source: count / max(1, count.sum()) for source, count in histogram.counts.items()}
     top = max((float(share.max()) for share in shares.values()), default=1.0)
     data: list[dict[str, Any]] = [
@@ -159,9 +159,10 @@ def margin_figure(
         }
         for source, share in shares.items()
     ]
-    x = PIXEL_LEVELS * eps
-    data.append({"type": "scatter", "mode": "lines", "name": "eps", "x": [x, x], "y": [0, top], "line": {"dash": "dot"}})
-    data[-1]["hovertemplate"] = f"eps {x:.3g}<extra></extra>"
+    if eps is not None:
+        x = PIXEL_LEVELS * eps
+        data.append({"type": "scatter", "mode": "lines", "name": "eps", "x": [x, x], "y": [0, top], "line": {"dash": "dot"}})
+        data[-1]["hovertemplate"] = f"eps {x:.3g}<extra></extra>"
     for manifest in manifests:
         for end, cut in margin_cuts(manifest):
             what = f"{manifest.strategy}: {end} margins from {PIXEL_LEVELS * cut:.3g} are pruned<extra></extra>"

@@ -95,7 +95,7 @@ def write_report(
             *(figures.kept_scatter(runs, styles, metric, strategies) for metric in ("robust", "clean")),
         ],
         data=[
-            figures.margin_figure(histogram, manifests, styles, eps, names),
+            figures.margin_figure(histogram, manifests, styles, eps if histogram.norm == runs[0].norm else None, names),
             figures.class_figure(histogram, classes, manifests, styles, names),
             figures.eps_figure(eps_shares, styles),
             figures.reasons_figure(manifests),

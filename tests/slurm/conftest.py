@@ -82,7 +82,7 @@ if __name__ == "__main__":
 '''
 DVC_YAML = """
 stages:
-  toy: {cmd: python -m stages.toy source.txt out, params: [toy], deps: [source.txt, stages/toy.py], outs: [out]}
+  toy: {cmd: exec python -m stages.toy source.txt out, params: [toy], deps: [source.txt, stages/toy.py], outs: [out]}
 """
 
 
@@ -144,7 +144,7 @@ class Toy:
     @property
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{self.cluster.environment['PATH']}"
-        extra = {"PATH": path, "PYTHONPATH": str(self.path), "DVC_ROOT": str(self.path), "COLUMNS": "200"}
+        extra = {"PATH": path, "PYTHONPATH": str(self.path), "DVC_ROOT": str(self.path), "COLUMNS": "200", "SHELL": "/bin/sh"}
         known = {name: value for name, value in self.cluster.environment.items() if name != "PUMA_EXECUTION"}
         return known | extra
 
