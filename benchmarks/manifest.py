@@ -2,12 +2,14 @@
 
 All do the same work: read the margin table (Parquet), drop the rows without a margin, keep the share 0.7 of lowest margins
 of all rows or of each class with ties broken by a hash of the row, set eps_i = min(eps, max(m_i, 0)), and write the manifest
-with its reasons. The kept rows are compared by count and by their highest margins. Peak memory is that of the process.
+with its reasons, in the order of the table. The peers do it by ranks, and by the threshold below which all is kept, as we do.
+The kept rows are compared by count and order, the sums of their eps too. Peak memory is that of the process.
 
     python benchmarks/manifest.py --peers PATH_TO_PEERS
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -18,6 +20,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
 from processes import finish, measure
@@ -128,9 +131,7 @@ def with_polars_threshold(margins: Path, out: Path, per_class: bool) -> None:
     for label, count in sizes.iter_rows():
         part = frame.filter("converged", *([pl.col("label") == label] if per_class else []))
         values = part.select("margin").collect(engine="streaming")["margin"].to_numpy()
-        at = min(count, len(values)) - 1
-        cut = np.partition(values, at)[at]
-        cuts[label], tied[label] = float(cut), int(at + 1 - np.count_nonzero(values < cut))
+        cuts[label], tied[label] = cut_of(values, count)
     out.mkdir()
     cut = (pl.col("label") if per_class else pl.lit(0, pl.Int16)).replace_strict(cuts, return_dtype=pl.Float32)
     ties = (
@@ -161,14 +162,89 @@ def with_polars_threshold(margins: Path, out: Path, per_class: bool) -> None:
     manifest.sink_parquet(out / "manifest.parquet", compression="zstd")
 
 
-def with_duckdb(margins: Path, out: Path, per_class: bool) -> None:
+def cut_of(values: np.ndarray, count: int) -> tuple[float, int]:
+    """The count-th lowest of values, and how many of those that equal it are among the count lowest."""
+    at = min(count, len(values)) - 1
+    cut = np.partition(values, at)[at]
+    return float(cut), int(at + 1 - np.count_nonzero(values < cut))
+
+
+def with_pandas_threshold(margins: Path, out: Path, per_class: bool) -> None:
+    """The threshold instead of ranks; rows at it are ordered by their hash."""
+    import pandas as pd
+
+    frame = pd.read_parquet(margins, columns=["source", "row", "label", "margin"])
+    kept = np.zeros(len(frame), bool)
+    labels = frame["label"].to_numpy() if per_class else np.zeros(len(frame), np.int16)
+    margin = frame["margin"].to_numpy()
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        values = margin[rows]
+        count, known = round(KEEP * len(rows)), ~np.isnan(values)
+        cut, tied = cut_of(values[known], count)
+        kept[rows[values < cut]] = True
+        equal = rows[values == cut]
+        kept[equal[np.argsort(pd.util.hash_array(frame["row"].to_numpy()[equal]))[:tied]]] = True
+    frame["kept"] = kept
+    frame["eps"] = frame["margin"].clip(lower=0, upper=EPS).where(kept)
+    codes = np.where(kept, 0, np.where(np.isnan(margin), 2, 1)).astype(np.int8)
+    frame["reason"] = pd.Categorical.from_codes(codes, pd.Index(["kept", "high_margin", "not_converged"]))
+    out.mkdir()
+    frame.drop(columns=["margin"]).to_parquet(out / "manifest.parquet", compression="zstd")
+
+
+def with_duckdb_threshold(margins: Path, out: Path, per_class: bool) -> None:
+    """The threshold instead of ranks; rows at it are ordered by their hash."""
+    out.mkdir()
+    database = connect(out)
+    table = f"read_parquet('{margins}/*.parquet')"
+    group = "label" if per_class else "0::SMALLINT"
+    database.execute(
+        f"CREATE TABLE sizes AS SELECT {group} AS class, round({KEEP} * count(*))::BIGINT AS n FROM {table} GROUP BY 1"
+    )
+    # quantile_disc gives the ceil(q * count)-th lowest.
+    database.execute(f"""
+        CREATE TABLE cuts AS
+        SELECT class, quantile_disc(margin, least(1, (any_value(n) - 0.5) / count(margin))) AS cut
+        FROM {table} JOIN sizes ON {group} = class GROUP BY class
+    """)
+    database.execute(f"""
+        CREATE TABLE below AS
+        SELECT class, any_value(n) - count(*) FILTER (margin < cut) AS tied
+        FROM {table} JOIN cuts ON {group} = class JOIN sizes USING (class) GROUP BY class
+    """)
+    database.execute(f"""
+        CREATE TABLE extra AS
+        SELECT source, row FROM (
+            SELECT source, row, class, row_number() OVER (PARTITION BY class ORDER BY hash(row)) AS number
+            FROM {table} JOIN cuts ON {group} = class WHERE margin = cut
+        ) JOIN below USING (class) WHERE number <= tied
+    """)
+    database.execute(f"""
+        COPY (
+            SELECT source, row, label, kept, CASE WHEN kept THEN least({EPS}::FLOAT, greatest(margin, 0)) END AS eps,
+                   CASE WHEN kept THEN 'kept' WHEN converged THEN 'high_margin' ELSE 'not_converged' END AS reason
+            FROM (
+                SELECT t.*, converged AND (margin < cut OR extra.row IS NOT NULL) AS kept
+                FROM {table} t JOIN cuts ON {group} = class LEFT JOIN extra USING (source, row)
+            )
+        ) TO '{out}/manifest.parquet' (FORMAT parquet, COMPRESSION zstd)
+    """)
+
+
+def connect(out: Path) -> Any:
+    """A duckdb that spills to the disk below out."""
     import duckdb
 
-    over = "PARTITION BY label" if per_class else ""
-    out.mkdir()
     database = duckdb.connect()
     database.execute(f"SET memory_limit='1500MB'; SET threads=2; SET temp_directory='{out}/spill'")
-    database.execute(f"""
+    return database
+
+
+def with_duckdb(margins: Path, out: Path, per_class: bool) -> None:
+    over = "PARTITION BY label" if per_class else ""
+    out.mkdir()
+    connect(out).execute(f"""
         COPY (
             SELECT source, row, label, kept, CASE WHEN kept THEN least({EPS}::FLOAT, greatest(margin, 0)) END AS eps,
                    CASE WHEN kept THEN 'kept' WHEN converged THEN 'high_margin' ELSE 'not_converged' END AS reason
@@ -185,15 +261,30 @@ TOOLS: dict[str, Callable[[Path, Path, bool], None]] = {
     "ours": ours,
     "pandas": with_pandas,
     "polars": with_polars,
-    "polars in two passes": with_polars_threshold,
     "duckdb": with_duckdb,
+    "pandas by threshold": with_pandas_threshold,
+    "polars by threshold": with_polars_threshold,
+    "duckdb by threshold": with_duckdb_threshold,
 }
 
 
 def run_tool(tool: str, margins: Path, out: Path, per_class: bool) -> dict[str, int]:
     TOOLS[tool](margins, out, per_class)
-    with pq.ParquetFile(out / "manifest.parquet") as manifest:
-        return {"kept": sum(batch["kept"].true_count for batch in manifest.iter_batches(columns=["kept"]))}
+    return {}
+
+
+def check(manifest: Path) -> dict[str, Any]:
+    """How many rows it keeps, the sum of their eps, and whether its rows are in the order of the table."""
+    kept, total, ordered, last = 0, 0.0, True, -1
+    with pq.ParquetFile(manifest) as file:
+        for batch in file.iter_batches(columns=["source", "row", "kept", "eps"]):
+            source = batch["source"].cast(pa.string()) if pa.types.is_dictionary(batch["source"].type) else batch["source"]
+            place = batch["row"].to_numpy() + NUM_REAL * pc.equal(source, "synthetic").to_numpy(zero_copy_only=False)
+            ordered &= bool(place[0] == last + 1 and (np.diff(place) == 1).all())
+            last = int(place[-1])
+            kept += batch["kept"].true_count
+            total += float(np.nansum(batch["eps"].to_numpy(zero_copy_only=False), dtype=np.float64))
+    return {"kept": kept, "eps_sum": total, "ordered": ordered}
 
 
 def main(
@@ -216,7 +307,7 @@ def main(
     chosen = [name.strip() for name in tools.split(",")]
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**30
     print(f"{num_rows} rows, {size:.2f} GB of Parquet")
-    print(f"{'groups':10} {'tool':20} {'seconds':>8} {'peak GB':>8} {'ratio':>6} {'kept':>10}")
+    print(f"{'groups':10} {'tool':20} {'seconds':>8} {'peak GB':>8} {'ratio':>6} {'kept':>10} {'same':5} {'order':5}")
     rows, headline = [], {"name": "manifest, seconds of the fastest peer within 2 GB over ours", "ratio": None, "goal": GOAL}
     ratios = []
     for grouped in (False, True):
@@ -226,7 +317,8 @@ def main(
                 target = folder.with_name(f"{folder.name}-out")
                 arguments = ["--run", name, "--folder", str(folder), "--out", str(target)]
                 arguments += ["--per-class"] if grouped else []
-                found[name].append(measure(__file__, arguments, peers=peers, timeout_s=timeout_s, most_gb=MOST_GB))
+                result = measure(__file__, arguments, peers=peers, timeout_s=timeout_s, most_gb=MOST_GB)
+                found[name].append(result | (check(target / "manifest.parquet") if "seconds" in result else {}))
                 subprocess.run(["rm", "-rf", str(target)], check=True)
         own = median(r["seconds"] for r in found["ours"])
         within = []
@@ -239,10 +331,16 @@ def main(
                 continue
             seconds, peak = median(r["seconds"] for r in good), max(r["peak_gb"] for r in good)
             row = {"groups": label, "tool": name, "seconds": seconds, "peak_gb": peak, "ratio": seconds / own}
+            reference = found["ours"][0]
+            same = all(
+                r["kept"] == reference["kept"] and math.isclose(r["eps_sum"], reference["eps_sum"], rel_tol=1e-6) for r in good
+            )
+            row |= {"kept": good[0]["kept"], "same": same, "ordered": all(r["ordered"] for r in good)}
             rows.append(row)
-            if name != "ours" and peak <= LIMIT_GB:
+            if name != "ours" and peak <= LIMIT_GB and same:
                 within.append(row["ratio"])
-            print(f"{label:10} {name:20} {seconds:8.1f} {peak:8.2f} {row['ratio']:6.2f} {good[0]['kept']:10}", flush=True)
+            figures = f"{seconds:8.1f} {peak:8.2f} {row['ratio']:6.2f} {row['kept']:10} {same!s:5} {row['ordered']!s:5}"
+            print(f"{label:10} {name:20} {figures}", flush=True)
         ratios.append(min(within, default=None))
     known = [ratio for ratio in ratios if ratio is not None]
     headline["ratio"] = min(known) if known else None
