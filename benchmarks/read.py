@@ -3,7 +3,7 @@
 All give uint8 batches (B, 32, 32, 3) of random rows with their labels; the files are in the page cache. The DataLoader takes
 image after image from the arrays in memory, as tensors, which is the least it can do, or as PIL images made into tensors, as
 torchvision's CIFAR-10 does. Ratios are taken within a round, in which the readers of a group follow each other; what forks or
-is slow is in a group of its own.
+is slow is in a group of its own. A store above LARGEST_MAPPED (`--num-images 300000`) is read from its files instead of a map.
 
     python benchmarks/read.py --peers PATH_TO_PEERS
 """
@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pipeline.image_writing import write_store
-from pipeline.images import Images, ImageStore, Labels
+from pipeline.images import LARGEST_MAPPED, Images, ImageStore, Labels
 
 GOAL = 5.0
 Reader = Callable[[list[np.ndarray]], Iterator[tuple[Any, Any]]]  # rows of each batch -> images and labels
@@ -170,10 +170,11 @@ def main(
         slow = {name: read for name, read in readers.items() if name not in fast} | {"DataLoader": readers["DataLoader"]}
         limits = dict.fromkeys(readers, num_images) | {"datasets": num_datasets}
         seconds = rounds(fast, limits, num_rounds, num_batches, batch_size)
-        slower = rounds(slow, limits, 3, max(1, num_batches // 10), batch_size)
+        slower = rounds(slow, limits, 3, max(5, num_batches // 10), batch_size)
     rows = [row for group in (seconds, slower) for row in table(group)]
     rows = [row for index, row in enumerate(rows) if row["reader"] not in [other["reader"] for other in rows[:index]]]
-    print(f"{num_images} images in 20 shards, batches of {batch_size}; a store opens in {1e3 * median(opening):.2f} ms")
+    how = "from its files" if images.nbytes > LARGEST_MAPPED else "from maps"
+    print(f"{num_images} images in 20 shards, read {how}, batches of {batch_size}; opens in {1e3 * median(opening):.2f} ms")
     print(f"{'reader':22} {'images/s':>10} {'over DataLoader':>16}")
     for row in rows:
         print(f"{row['reader']:22} {row['images_per_s']:10.0f} {row['ratio']:16.2f}")

@@ -162,6 +162,7 @@ def test_each_variant_in_the_study_differs_in_one_thing() -> None:
         **{f"{rule}-50-short": (f"{rule}-50", {"budget": "scaled"}) for rule in ("random", "prune_easy", "prune_hard", "puma")},
         "puma-50-c05": ("puma-50", {"eps": radius | {"scale": 0.5}}),
         "puma-50-c2": ("puma-50", {"eps": radius | {"scale": 2.0}}),
+        "puma-50-rank": ("puma-50", {"eps": {"rule": "rank", "q": 0.5}}),
         "puma-50-class": ("puma-50", {"per_class": True}),
         "adaptive_eps": ("none", {"eps": radius}),
         **{f"puma-{keep}": (f"prune_easy-{keep}", {"eps": radius}) for keep in (30, 50, 70)},
