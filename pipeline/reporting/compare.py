@@ -133,10 +133,17 @@ def shared_seeds(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run]
 
 
 def changed_params(first: Experiment, second: Experiment) -> list[tuple[str, Any, Any]]:
-    """(key, first, second) of every parameter that differs, "-" where one has none; where a job ran is none."""
+    """(key, first, second) of every parameter that differs, "-" where one has none; where a job ran is none, and neither are
+    those of a strategy that only one has."""
     old, new = (dict(flatten(each.params)) for each in (first, second))
-    keys = [key for key in dict.fromkeys([*old, *new]) if not key.startswith("execution.")]
+    apart = tuple(f"strategies.{name}." for name in [*only_in(first, second), *only_in(second, first)])
+    keys = [key for key in dict.fromkeys([*old, *new]) if not f"{key}.".startswith(("execution.", *apart))]
     return [(key, old.get(key, "-"), new.get(key, "-")) for key in keys if old.get(key, "-") != new.get(key, "-")]
+
+
+def only_in(one: Experiment, other: Experiment) -> list[str]:
+    """The strategies of one that the other lacks."""
+    return [name for name in one.params["strategies"] if name not in other.params["strategies"]]
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -153,6 +160,9 @@ def report_lines(first: Experiment, second: Experiment, changes: Sequence[Change
     yield f"{first.name} -> {second.name}, {first.runs[0].num_examples} test images, {first.runs[0].norm} {first.runs[0].eps}"
     for key, old, new in changed_params(first, second):
         yield f"  {key}: {old} -> {new}"
+    for one, other in ((first, second), (second, first)):
+        if alone := only_in(one, other):
+            yield f"  only in {one.name}: {', '.join(alone)}"
     if same := [name for name, pair in pair_up(first, second).items() if are_same(*pair)]:
         yield f"  the same models in both: {', '.join(same)}"
     if not changes:

@@ -121,6 +121,15 @@ def test_one_seed_calls_no_difference_real() -> None:
     assert "One seed compares models" in lines[-1]
 
 
+def test_a_strategy_that_one_of_them_lacks_is_named_and_its_settings_are_not() -> None:
+    first, second = read_experiment("first"), read_experiment("HEAD")
+    second.params["strategies"].pop("none")
+    second.params["strategies"]["band"] = {"prune": "both", "keep": 0.5}
+    assert changed_params(first, second) == [("strategies.puma.keep", 0.8, 0.6)]
+    lines = list(report_lines(first, second, [], 0.95))
+    assert lines[2:4] == ["  only in first: none", "  only in HEAD: band"]
+
+
 def test_other_test_images_other_attacks_and_unknown_names_are_input_errors() -> None:
     first, second = read_experiment("first"), read_experiment("HEAD")
     with pytest.raises(InputError, match="no revision or experiment 'nowhere'"):
