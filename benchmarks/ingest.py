@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import tarfile
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -77,8 +76,7 @@ def torchvision(file: Path, out: Path) -> dict[str, int]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    with tarfile.open(file) as archive:
-        archive.extractall(out, filter="data")
+    shutil.unpack_archive(file, out)
     dataset = ImageFolder(str(out / "tiny-imagenet-20" / "train"), v2.Compose([v2.Resize(64), v2.CenterCrop(64)]))
     np.save(out / "images.npy", np.stack([np.asarray(image) for image, _ in dataset]))
     np.save(out / "labels.npy", np.array(dataset.targets))
