@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from pipeline.csv_tables import read_csv
 from pipeline.params import InputError, read_yaml
 from pipeline.reporting.distributions import margin_histogram
+from pipeline.reporting.figures import margin_figure
 from pipeline.reporting.report import write_report
 from tests.conftest import ROOT
 from tests.reporting.artifacts import PARAMS
@@ -186,3 +187,11 @@ def test_no_strategy_or_no_seed_is_an_input_error(made: Path, tmp_path: Path) ->
             tmp_path / "report", artifacts_at(made), params=PARAMS | {"strategies": {}}, seeds=[0],
             title="t", histogram_bins=5, contact_sheet_images=0, confidence=0.95,
         )  # fmt: skip
+
+
+def test_the_radius_is_drawn_among_the_margins_only_where_they_are_of_its_norm(made: Path) -> None:
+    histogram = margin_histogram(made / "margins", 10, 3)
+    names = {"real": "real", "synthetic": "synthetic"}
+    for eps, drawn in ((0.1, True), (None, False)):
+        figure = margin_figure(histogram, [], {}, eps, names)
+        assert ("eps" in [trace["name"] for trace in figure.data]) is drawn
