@@ -6,6 +6,7 @@ peers' to an image beyond the boundary, ours to the boundary; `across` is that t
 CPU time is processor time, so that what else runs on the machine counts little.
 
     python benchmarks/deepfool.py --model data/margin_model/best --store data/real/train
+    python benchmarks/deepfool.py ... --device cuda --tf32 --batch-size 256 --num-images 256 --slow-images 0
 
 `--tricks` compares each trick with the default instead, `--tightness` the tight estimate with FAB.
 """
@@ -29,9 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.balls import BALLS
 from pipeline.batches import to_tensor
-from pipeline.deepfool import deepfool
+from pipeline.deepfool import DeepFoolParams, deepfool
 from pipeline.hyperplanes import gradient_scale
 from pipeline.images import ImageStore
+from pipeline.margins import convolutions
 from pipeline.models.checkpoint import load_model
 from pipeline.models.inference import inference_copy
 from pipeline.threat import NormName
@@ -74,11 +76,12 @@ class Row:
     ratio: float = 0.0
 
 
-def ours(norm: NormName, *, closer: bool = False, **settings: Any) -> Attack:
+def ours(norm: NormName, *, closer: bool = False, bf16: bool = False, **settings: Any) -> Attack:
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         estimate = tight if closer else deepfool
         common = {"max_iterations": ITERATIONS, "overshoot": OVERSHOOT, **settings}
-        result = estimate(model, x, y, ball=BALLS[norm], **common)
+        with convolutions(tf32=bf16 or torch.backends.cudnn.allow_tf32):
+            result = estimate(model, x, y, ball=BALLS[norm], **common)
         # A tight point is on the boundary up to rounding, which the copy and the model do not share.
         return (x + 1.0005 * (result.x_adv - x) if closer else result.x_adv), result.margin.abs()
 
@@ -158,14 +161,27 @@ def compare(
     return rows
 
 
-def agreement(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, **settings: Any) -> dict[str, float]:
-    """Of the settings with the float32 margins over all classes, on all images, misclassified ones too."""
-    bf16 = settings.pop("bf16", False)
-    exact, fast = inference_copy(model), inference_copy(model, bf16=bf16)
-    pieces = list(zip(x.split(128), y.split(128), strict=True))
-    refine = {} if "refine_steps" not in settings else {"refine_steps": settings["refine_steps"]}
-    wanted = torch.cat([deepfool(exact, a, b, ball=BALLS[norm], **EVERY_CLASS, **refine).margin for a, b in pieces])
-    got = torch.cat([deepfool(fast, a, b, ball=BALLS[norm], **settings).margin for a, b in pieces])
+def exact_margins(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, **settings: Any) -> Tensor:
+    """In float32 and over all classes, of all images, misclassified ones too."""
+    exact = inference_copy(model)
+    with convolutions(tf32=False):
+        found = [
+            deepfool(exact, a, b, ball=BALLS[norm], **EVERY_CLASS, **settings).margin
+            for a, b in zip(x.split(128), y.split(128), strict=True)
+        ]
+    return torch.cat(found)
+
+
+def agreement(
+    model: nn.Module, x: Tensor, y: Tensor, norm: NormName, wanted: Tensor, *, bf16: bool = False, **settings: Any
+) -> dict[str, float]:
+    """Of the settings with the exact margins (B,)."""
+    fast = inference_copy(model, bf16=bf16)
+    with convolutions(tf32=bf16 or torch.backends.cudnn.allow_tf32):
+        found = [
+            deepfool(fast, a, b, ball=BALLS[norm], **settings).margin for a, b in zip(x.split(128), y.split(128), strict=True)
+        ]
+    got = torch.cat(found)
     both = got.isfinite() & wanted.isfinite()
     cut = wanted[both].quantile(KEEP)
     return {
@@ -221,9 +237,12 @@ def show_tricks(
             if turn:
                 times[name].append(now(x.device) - begin)
     rows = []
+    refined = DeepFoolParams().refine_steps
+    wanted = {steps: exact_margins(model, x, y, norm, refine_steps=steps) for steps in (refined, 0, None)}
     for name, (settings, which) in TRICKS.items():
         cost = median(times[name]) / median(times["default"])
-        found = agreement(model, x, y, norm, bf16=which == "bf16", **{"scale": scale, **settings})
+        beside = wanted[settings.get("refine_steps", refined)]
+        found = agreement(model, x, y, norm, beside, bf16=which == "bf16", **{"scale": scale, **settings})
         rows.append({"norm": norm, "trick": name, "time": cost, **found})
         print(
             f"{norm:5} {name:32} time {cost:5.2f}  spearman {found['spearman']:.5f}  other side {found['other_side']:.2%}  "
@@ -247,8 +266,7 @@ def contestants(
             print(f"{norm:5} {name:38} not installed, left out")
     low = inference_copy(classifier, bf16=True)
     for mode, settings in MODES.items():
-        kept = {key: value for key, value in settings.items() if key != "bf16"}
-        attacks[mode] = (ours(norm, scale=scale, **kept), low if settings.get("bf16") else fast, count)
+        attacks[mode] = (ours(norm, scale=scale, **settings), low if settings.get("bf16") else fast, count)
     return attacks
 
 
@@ -262,11 +280,13 @@ def main(
     num_rounds: int = 3,
     threads: int = 1,
     device: str = "cpu",
+    tf32: Annotated[bool, typer.Option(help="On a GPU all in TensorFloat-32, PyTorch's default; `bf16` always is.")] = False,
     tricks: bool = False,
     tightness: bool = False,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = tf32
     where = torch.device(device)
     images = ImageStore.open(store)
     x_all = to_tensor(images.batch(np.arange(min(len(images), max(agreement_images, 3 * num_images)))), where).contiguous()
@@ -305,13 +325,10 @@ def main(
                 continue
             mine = next(row for row in rows[::-1] if row.attack == "ours")
             share = mine.images_per_s / floor(classifier, x, y, norm, scale)
+            wanted = exact_margins(classifier, few_x, few_y, norm)
             for mode, settings in MODES.items():
-                found = {
-                    "model": path.name,
-                    "norm": norm,
-                    "mode": mode,
-                    **agreement(classifier, few_x, few_y, norm, scale=scale, **settings),
-                }
+                found: dict[str, Any] = {"model": path.name, "norm": norm, "mode": mode}
+                found |= agreement(classifier, few_x, few_y, norm, wanted, scale=scale, **settings)
                 extra.append(found | ({"share_of_floor": share} if mode == "ours" else {}))
                 shown = ", ".join(f"{key} {value:.4f}" for key, value in extra[-1].items() if isinstance(value, float))
                 print(f"      {mode}: {shown}", flush=True)

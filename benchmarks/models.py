@@ -1,6 +1,7 @@
-"""Two small classifiers for the benchmarks, one trained normally and one adversarially, and a store of unseen images.
+"""Two classifiers for the benchmarks, one trained normally and one adversarially, and a store of unseen images.
 
 python benchmarks/models.py "PATH/train-*.parquet" "PATH/test-*.parquet"
+python benchmarks/models.py "PATH/train-*.parquet" "PATH/test-*.parquet" --device cuda --depth 28 --width 10
 """
 
 from pathlib import Path
@@ -23,14 +24,15 @@ from pipeline.sources.parquet import ParquetParams
 from pipeline.sources.source import SplitName
 from pipeline.training.augmentation import AugmentationParams, augment
 
-NETWORK = ModelParams(architecture="wideresnet", arguments={"depth": 10, "width": 2})
 AUGMENTATION = AugmentationParams(crop_padding=2, flip=True)
 BATCH, EPS, SEED = 64, 8 / 255, 0
 
 
-def fit(store: ImageStore, kind: Literal["standard", "robust"], steps: int, device: torch.device) -> Classifier:
+def fit(
+    network: ModelParams, store: ImageStore, kind: Literal["standard", "robust"], steps: int, device: torch.device
+) -> Classifier:
     """Nesterov SGD with one cycle; `robust` on PGD examples of two steps from a random start, Linf 8/255."""
-    net = build_network(NETWORK, store.shape, len(store.classes), SEED)
+    net = build_network(network, store.shape, len(store.classes), SEED)
     model = Classifier(net, [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps + 1)
@@ -74,9 +76,12 @@ def main(
     num_test: int = 1000,
     standard_steps: int = 500,
     robust_steps: int = 500,
+    depth: int = 10,
+    width: int = 2,
     device: str = "cpu",
 ) -> None:
     torch.set_num_threads(1)
+    network = ModelParams(architecture="wideresnet", arguments={"depth": depth, "width": width})
     counts: dict[SplitName, int] = {"train": num_train, "test": num_test}
     source = ParquetParams(
         kind="parquet", train=(train,), test=(test,), image_column="img", label_column="label", classes=None, size=None
@@ -93,11 +98,11 @@ def main(
         for name, count in counts.items()
     }
     description = {
-        "architecture": NETWORK.architecture, "arguments": NETWORK.arguments,
+        **network.model_dump(),
         "shape": list(source.shape), "classes": list(source.classes),
     }  # fmt: skip
     for kind, steps in (("standard", standard_steps), ("robust", robust_steps)):
-        model = fit(stores["train"], "standard" if kind == "standard" else "robust", steps, torch.device(device))
+        model = fit(network, stores["train"], "standard" if kind == "standard" else "robust", steps, torch.device(device))
         save_model(out / kind, model, description)
         print(f"{kind}: {accuracy(model, stores['test'], torch.device(device)):.1%} of {num_test} test images", flush=True)
 

@@ -150,13 +150,13 @@ def main(
             peer, steps, images, bf16=False, channels_last=False, compiled=False
         )
     }
-    for compile_both in (False, True)[: 1 + compiled]:
-        for bf16 in (False, True):
-            alike = ("bf16" if bf16 else "float32", "channels last, compiled" if compile_both else "channels last")
-            draws["diffusers", *alike] = diffusers_draw(
-                peer, steps, images, bf16=bf16, channels_last=True, compiled=compile_both
-            )
-            draws["ours", *alike] = our_draw(ours, sampler.model_copy(update={"bf16": bf16, "compile": compile_both}), images)
+    variants = [(False, False), (True, False), (True, True)][: 2 + compiled]
+    for bf16, compile_both in variants:
+        alike = ("bf16" if bf16 else "float32", "channels last, compiled" if compile_both else "channels last")
+        draws["diffusers", *alike] = diffusers_draw(
+            peer, steps, images, bf16=bf16, channels_last=True, compiled=compile_both
+        )  # fmt: skip
+        draws["ours", *alike] = our_draw(ours, sampler.model_copy(update={"bf16": bf16, "compile": compile_both}), images)
     sizes = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (ours, peer)]
     print(
         f"{sizes[0]:.2f} and {sizes[1]:.2f} million parameters, {images} images in a batch, {sampler.evaluations} evaluations"

@@ -1,7 +1,8 @@
 """The margin table: signed DeepFool margin and cheap difficulty scores of every image of a store."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -43,9 +44,9 @@ class QualityParams(Section):
 class MarginsSection(Section):
     """`estimator`: DeepFool as in the paper, or `tight`, which goes on from it and is several times slower. `norm` is that of
     the distances (null: the threat's; an eps rule that compares distances with radii needs that). `bf16` takes gradients in
-    bfloat16. All gradients at `calibration_rows` real images foretell which classes are near (0: the weights of the last
-    layer do). `grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The stage fails when
-    more than the share `max_not_converged` of the rows has no margin."""
+    bfloat16 and, for DeepFool on a GPU, logits in TensorFloat-32. All gradients at `calibration_rows` real images foretell
+    which classes are near (0: the weights of the last layer do). `grand` adds the GraNd score (one gradient of all weights
+    per image, so it is optional). The stage fails when more than the share `max_not_converged` of the rows has no margin."""
 
     estimator: Literal["deepfool", "tight"] = "deepfool"
     deepfool: DeepFoolParams
@@ -163,14 +164,22 @@ def as_table(columns: dict[str, NDArray[np.generic]], source: str, start: int) -
 def estimate(
     model: nn.Module, x: Tensor, y: Tensor, ball: Ball, settings: MarginsSection, scale: Tensor | None
 ) -> DeepFoolResult:
-    """Signed margins by the estimator of the settings, computed on a fast copy of the model, in true float32 on a GPU too."""
+    """Signed margins by the estimator of the settings, computed on a fast copy of the model; in true float32 on a GPU too,
+    unless `bf16` allows less."""
     fast = fast_copy(model, settings.bf16)
     common = settings.deepfool.model_dump()
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+    with convolutions(tf32=settings.bf16 and settings.estimator == "deepfool"):
         if settings.estimator == "tight":
             return tight(fast, x, y, ball=ball, **settings.tight.model_dump(), **common)
         return deepfool(fast, x, y, ball=ball, scale=scale, **common)
+
+
+@contextmanager
+def convolutions(*, tf32: bool) -> Iterator[None]:
+    """In it the convolutions of a GPU compute float32 in TensorFloat-32 (10 bits of mantissa), or not."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=tf32):
+        yield
 
 
 @lru_cache(maxsize=2)  # in float32, and in bfloat16 where that is asked for

@@ -1,12 +1,17 @@
 """BatchNorm from merged moments against PyTorch's own."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.batchnorm import merge, moments, normalise
+from pipeline.batchnorm import OverParts, batch_norm, merge, moments
 from pipeline.training.batchnorm import AttackNorms
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+OWN = 7  # the first rows of images(), whose outputs are wanted; of the others only the moments count
 
 
 def images(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,12 +30,13 @@ def trained_norm() -> nn.BatchNorm2d:
 
 
 def in_parts(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    mean, var, _ = merge(torch.stack([moments(part) for part in (x[:1], x[1:8], x[:0], x[8:])]))
-    return normalise(norm, x, mean, var)
+    """The first rows of x, normalised in the whole."""
+    y: Tensor = batch_norm(norm, x[:OWN], torch.stack([moments(part) for part in (x[OWN:8], x[:0], x[8:])]))[0]
+    return y
 
 
 def by_pytorch(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)[:OWN]
 
 
 def as_an_attack_has_it(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -52,22 +58,40 @@ def test_merged_moments_are_those_of_the_whole() -> None:
     torch.testing.assert_close(var.double(), exact.var(dim=1, correction=0), rtol=1e-5, atol=1e-9)
 
 
-def test_values_and_gradients_are_those_of_pytorch_also_for_constant_channels_and_large_means() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("device", DEVICES)
+def test_values_and_gradients_are_those_of_pytorch_also_for_constant_channels_and_large_means(
+    device: str, layout: torch.memory_format
+) -> None:
     x, norm = images(), trained_norm()
-    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(x[:OWN].shape, generator=torch.Generator().manual_seed(1))
     found = []
-    for forward, inputs in ((in_parts, x), (by_pytorch, x.double())):
-        module = trained_norm().to(inputs.dtype)
-        inputs = inputs.clone().requires_grad_()
+    for forward, inputs, where in ((in_parts, x, device), (by_pytorch, x.double(), "cpu")):
+        module = trained_norm().to(where, inputs.dtype)
+        inputs = inputs.to(where).contiguous(memory_format=layout).requires_grad_()
         out = forward(module, inputs)
-        (out * weights).sum().backward()
-        parts = (out.detach(), inputs.grad, module.weight.grad, module.bias.grad)
-        found.append([part.double() for part in parts if part is not None])
-    # A constant channel has no digits but those of its rounded mean: beside sqrt(eps) they count for 1e-4.
+        (out * weights.to(where)).sum().backward()
+        assert inputs.grad is not None
+        parts = (out.detach(), inputs.grad[:OWN], module.weight.grad, module.bias.grad)
+        found.append([part.double().cpu() for part in parts if part is not None])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours, exact, rtol=2e-3, atol=2e-3 * exact.abs().amax().item())
+    # A constant channel has no digits but those of its rounded mean: four steps of 7.3, beside sqrt(eps), times the weight 2.
+    few_digits = 4 * 7.3 * 2**-23 / math.sqrt(norm.eps) * 2
     plain = by_pytorch(norm, x).detach().double()
-    assert (found[0][0] - found[1][0]).abs().max() <= 3 * (plain - found[1][0]).abs().max() + 1e-4
+    assert (found[0][0] - found[1][0]).abs().max() <= 3 * (plain - found[1][0]).abs().max() + few_digits
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    x, norm = images(torch.float64)[:, [0, 3]], nn.BatchNorm2d(2).double()
+    others = moments(x[OWN:])[None]
+
+    def forward(own: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y: Tensor = OverParts.apply(own, weight, bias, others, norm.eps)[0]
+        return y
+
+    inputs = [t.detach().clone().requires_grad_() for t in (x[:2], norm.weight, norm.bias)]
+    assert torch.autograd.gradcheck(forward, inputs)
 
 
 def test_an_attack_on_some_rows_normalises_them_as_pytorch_does_in_the_whole_batch() -> None:
@@ -76,12 +100,13 @@ def test_an_attack_on_some_rows_normalises_them_as_pytorch_does_in_the_whole_bat
     torch.testing.assert_close(ours, whole, rtol=1e-3, atol=3e-3)
 
 
-def test_in_bf16_the_result_is_as_near_as_rounding_it_allows() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_bf16_the_result_is_as_near_as_rounding_it_allows(device: str) -> None:
     x, norm = images(torch.bfloat16), trained_norm()
     exact = by_pytorch(norm.double(), x.double())
-    ours = in_parts(trained_norm(), x)
+    ours = in_parts(trained_norm().to(device), x.to(device).contiguous(memory_format=torch.channels_last))
     assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.double(), exact.bfloat16().double(), rtol=2**-8, atol=2e-3)
+    torch.testing.assert_close(ours.double().cpu(), exact.bfloat16().double(), rtol=2**-8, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

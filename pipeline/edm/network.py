@@ -63,7 +63,7 @@ class UNet(nn.Module):
     """Scaled noisy images (B, C, H, W), noise levels c_noise (B,), labels (B,) int64 -> F of eq. 7 (B, C, H, W). Labels None:
     no image has one.
 
-    Dropout, of activations and of labels, happens only where a generator is given, whatever train() or eval() says.
+    Dropout, of activations and of labels, happens only with `dropping`, whatever train() or eval() says.
     """
 
     def __init__(self, params: NetworkParams, resolution: int, image_channels: int, num_classes: int) -> None:
@@ -105,29 +105,29 @@ class UNet(nn.Module):
         self.dec[f"{resolution}x{resolution}_aux_norm"] = group_norm(current)
         self.dec[f"{resolution}x{resolution}_aux_conv"] = conv(current, image_channels, 3, gain=0)
 
-    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-        embedding = self.embed(noise, labels, generator)
+    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, dropping: bool = False) -> Tensor:
+        embedding = self.embed(noise, labels, dropping)
         first, *encoder = self.enc.values()
         *decoder, last_norm, last_conv = self.dec.values()
         assert isinstance(first, nn.Conv2d)
         x = first(x.to(first.weight.dtype))
         skips = [x]
         for block in encoder:
-            x = block(x, embedding, generator)
+            x = block(x, embedding, dropping)
             skips.append(x)
         for block in decoder:
-            x = block(torch.cat([x, skips.pop()], dim=1) if block.joins else x, embedding, generator)
+            x = block(torch.cat([x, skips.pop()], dim=1) if block.joins else x, embedding, dropping)
         output: Tensor = last_conv(silu(last_norm(x)))
         return output
 
-    def embed(self, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def embed(self, noise: Tensor, labels: Tensor | None, dropping: bool) -> Tensor:
         """Noise levels (B,) and labels (B,) -> what conditions every block (B, 4 channels)."""
         if labels is None:
             one_hot = noise.new_zeros(len(noise), self.num_classes)
         else:
             one_hot = F.one_hot(labels, self.num_classes).to(noise.dtype)
-        if generator is not None and self.label_dropout:
-            kept = torch.rand(len(noise), 1, generator=generator, device=noise.device) >= self.label_dropout
+        if dropping and self.label_dropout:
+            kept = torch.rand(len(noise), 1, device=noise.device) >= self.label_dropout
             one_hot = one_hot * kept
         # sqrt(K): a one-hot vector of K classes then has the mean square 1 that the initialisation expects
         labelled = self.map_label(one_hot * math.sqrt(self.num_classes))
@@ -163,7 +163,7 @@ class Block(nn.Module):
         self.qkv = conv(outputs, 3 * outputs, 1, gain=math.sqrt(0.2)) if attention else None
         self.proj = conv(outputs, outputs, 1, gain=0) if attention else None
 
-    def forward(self, x: Tensor, embedding: Tensor, generator: torch.Generator | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, dropping: bool) -> Tensor:
         h = self.conv0(self.resample(silu(self.norm0(x))))
         condition = self.affine(embedding).to(h.dtype)[:, :, None, None]
         if self.adaptive_scale:
@@ -171,7 +171,7 @@ class Block(nn.Module):
             h = silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = silu(self.norm1(h + condition))
-        h = self.conv1(drop(h, self.dropout, generator))
+        h = self.conv1(F.dropout(h, self.dropout, dropping))
         x = self.resample(x)
         x = (h + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
         return x if self.qkv is None else self.attend(x)
@@ -216,13 +216,6 @@ def positions(noise: Tensor, channels: int) -> Tensor:
     exponents = torch.arange(half, dtype=noise.dtype, device=noise.device) / (half - 1)
     angles = noise[:, None] * torch.pow(1 / MAX_PERIOD, exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def drop(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    """Dropout of single activations, drawn from the generator; x itself without one."""
-    if generator is None or not probability:
-        return x
-    return x * torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (c_in x (B, C, H, W), c_noise (B,), labels (B,) or None for no class, generator of dropout or None) -> (B, C, H, W)
-Network = Callable[[Tensor, Tensor, Tensor | None, torch.Generator | None], Tensor]
+# (c_in x (B, C, H, W), c_noise (B,), labels (B,) or None for no class, whether to drop) -> (B, C, H, W)
+Network = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
 def c_skip(sigma: Tensor, sigma_data: float) -> Tensor:
@@ -40,14 +40,14 @@ def denoise(
     sigma: Tensor,
     labels: Tensor | None,
     sigma_data: float,
-    generator: torch.Generator | None = None,
+    dropping: bool = False,
 ) -> Tensor:
     """D(x; sigma) of eq. 7: x (B, C, H, W) with noise of levels sigma (B,) -> the expected clean image (B, C, H, W).
 
-    A generator draws the network's dropout; without one there is none.
+    With `dropping` the network drops activations and labels, drawn from PyTorch's global generator.
     """
     level = sigma.view(-1, 1, 1, 1)
-    output = network(c_in(level, sigma_data) * x, c_noise(sigma), labels, generator)
+    output = network(c_in(level, sigma_data) * x, c_noise(sigma), labels, dropping)
     return c_skip(level, sigma_data) * x + c_out(level, sigma_data) * output
 
 
@@ -67,9 +67,9 @@ def denoising_loss(
     sigma: Tensor,
     labels: Tensor,
     sigma_data: float,
-    generator: torch.Generator | None = None,
+    dropping: bool = False,
 ) -> Tensor:
     """lambda(sigma) ||D(clean + sigma noise; sigma) - clean||^2 of eq. 8, averaged over pixels: (B, C, H, W) -> (B,)."""
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-    error = denoise(network, noisy, sigma, labels, sigma_data, generator) - clean
+    error = denoise(network, noisy, sigma, labels, sigma_data, dropping) - clean
     return loss_weight(sigma, sigma_data) * error.square().flatten(1).mean(dim=1)

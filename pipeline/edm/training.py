@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pipeline.checkpoints import Checkpoint, restore_optimizer
 from pipeline.edm.network import UNet
-from pipeline.edm.preconditioning import denoising_loss
+from pipeline.edm.preconditioning import Network, denoising_loss
 from pipeline.ema import EMA
 from pipeline.images import Images, ImageStore
 from pipeline.params import InputError, Section
-from pipeline.randomness import numpy_stream, torch_stream
+from pipeline.randomness import global_stream, numpy_stream, torch_stream
 from pipeline.ranks import average_gradients, mean_over_ranks, my_part, rank
 
 CURVE_POINTS = 200
@@ -24,7 +24,8 @@ Progress = Callable[[int, int, dict[str, float]], None]  # (images seen, images 
 
 class GeneratorTrainingParams(Section):
     """Adam with a linear warm-up. The paper's CIFAR-10: 390,000 steps of 512, warm-up 20,000 steps, EMA decay 0.9993. `bf16`
-    computes the network in bfloat16; weights, their updates and the loss stay float32."""
+    computes the network in bfloat16; weights, their updates and the loss stay float32. `compile` is torch.compile: a minute to
+    begin with, then faster on a GPU, and rounded in another way."""
 
     steps: PositiveInt
     batch_size: PositiveInt
@@ -35,6 +36,7 @@ class GeneratorTrainingParams(Section):
     p_std: NonNegativeFloat = 1.2
     flip: bool
     bf16: bool = False
+    compile: bool = False
     seed: NonNegativeInt
 
 
@@ -84,6 +86,7 @@ def train_generator(
     seed: int,
     sigma_data: float,
     bf16: bool = False,
+    compile: bool = False,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> None:
@@ -96,6 +99,7 @@ def train_generator(
         InputError: the loss is no longer a finite number.
     """
     net, device = state.net, next(state.net.parameters()).device
+    network: Network = torch.compile(net) if compile else net
     every = math.ceil(steps / CURVE_POINTS)
     part = my_part(batch_size)
     mine = torch.from_numpy(part).to(device)
@@ -112,8 +116,9 @@ def train_generator(
         sigma = (p_mean + p_std * torch.randn(batch_size, generator=rng, device=device)).exp()[mine]
         noise = clean.new_empty((batch_size, *clean.shape[1:])).normal_(generator=rng)[mine]
         noise = noise.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = denoising_loss(net, clean, noise, sigma, labels, sigma_data, rng).mean()
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        with autocast, global_stream(seed, state.step, "dropout", device):
+            loss = denoising_loss(network, clean, noise, sigma, labels, sigma_data, dropping=True).mean()
 
         for group in state.optimizer.param_groups:
             group["lr"] = lr * min((state.step + 1) / max(warmup_steps, 1), 1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
+GPU_MULTIPLE = 16
+
 
 class Affine(nn.Module):
     """What BatchNorm does in eval mode: scale and shift (C, 1, 1) per channel, fixed."""
@@ -57,20 +59,22 @@ def inference_copy(model: nn.Module, *, bf16: bool = False) -> nn.Module:
     fast = fold_batchnorm(fast).to(memory_format=torch.channels_last)
     replace(fast, lambda child: RowByRow(child) if type(child) is nn.Linear else child)
     if bf16:
-        return MixedPrecision(NeverAlone(fast), NeverAlone(copy.deepcopy(fast).to(torch.bfloat16))).eval()
-    return NeverAlone(fast).eval()
+        return MixedPrecision(FewSizes(fast), FewSizes(copy.deepcopy(fast).to(torch.bfloat16))).eval()
+    return FewSizes(fast).eval()
 
 
-class NeverAlone(nn.Module):
-    """The model, which is given a single image twice: the kernels of a CPU round a batch of one otherwise than larger ones, so
-    that the logits of an image would depend on the batch that it is in."""
+class FewSizes(nn.Module):
+    """The model, which sees batches of fewer sizes. On a CPU a single image is given twice: the kernels round a batch of one
+    otherwise than larger ones, so that the logits of an image would depend on the batch that it is in. On a GPU batches are
+    filled up to a multiple of 16 with their first image, for cuDNN plans every convolution anew for every size."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x) if len(x) != 1 else self.model(torch.cat([x, x]))[:1]
+        missing = -len(x) % GPU_MULTIPLE if x.is_cuda else int(len(x) == 1)
+        return self.model(x) if missing == 0 else self.model(torch.cat([x, x[:1].expand(missing, -1, -1, -1)]))[: len(x)]
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:

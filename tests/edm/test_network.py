@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.edm.network import Block, NetworkParams, UNet, build_unet, drop, positions
+from pipeline.edm.network import Block, NetworkParams, UNet, build_unet, positions
 from pipeline.params import InputError
+from pipeline.randomness import global_stream
 
 TINY = NetworkParams(channels=8, multipliers=(1, 2), blocks=1, attention_resolutions=(4,))
 
@@ -49,7 +50,7 @@ def test_an_untrained_network_outputs_zero() -> None:
 @pytest.mark.parametrize("adaptive_scale", [True, False])
 def test_the_gradient_reaches_every_parameter(adaptive_scale: bool) -> None:
     net = perturbed(tiny(adaptive_scale=adaptive_scale, dropout=0.1, label_dropout=0.1))
-    net(*inputs(), torch.Generator().manual_seed(0)).square().sum().backward()
+    net(*inputs(), dropping=True).square().sum().backward()
     assert [name for name, parameter in net.named_parameters() if parameter.grad is None or not parameter.grad.any()] == []
 
 
@@ -107,7 +108,7 @@ def test_down_takes_means_and_up_repeats_pixels() -> None:
 def test_a_block_at_its_start_only_scales_its_input(adaptive_scale: bool) -> None:
     block = Block(8, 8, 4, attention=False, resample="keep", joins=False, dropout=0, adaptive_scale=adaptive_scale)
     x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(block(x, torch.randn(2, 4, generator=torch.Generator().manual_seed(1)), None), x / math.sqrt(2))
+    torch.testing.assert_close(block(x, torch.randn(2, 4, generator=torch.Generator().manual_seed(1)), False), x / math.sqrt(2))
 
 
 def test_positions_are_sines_then_cosines_of_falling_frequency() -> None:
@@ -125,36 +126,41 @@ def test_noise_level_and_label_change_the_output() -> None:
     assert (net(x, noise, labels + 1) - output).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
-def test_dropped_labels_no_longer_matter_and_only_with_a_generator() -> None:
+def test_dropped_labels_no_longer_matter_and_are_dropped_only_on_request() -> None:
     net = perturbed(tiny(label_dropout=1.0))
     x, noise, labels = inputs()
-    generator = torch.Generator()
-    torch.testing.assert_close(net(x, noise, labels, generator), net(x, noise, labels + 1, generator))
+    torch.testing.assert_close(net(x, noise, labels, dropping=True), net(x, noise, labels + 1, dropping=True))
     assert not torch.equal(net(x, noise, labels), net(x, noise, labels + 1))
-    assert not torch.equal(net(x, noise, labels), net(x, noise, labels, generator))
+    assert not torch.equal(net(x, noise, labels), net(x, noise, labels, dropping=True))
 
 
 def test_no_labels_are_dropped_labels() -> None:
     net = perturbed(tiny(label_dropout=1.0))
     x, noise, labels = inputs()
-    torch.testing.assert_close(net(x, noise, None), net(x, noise, labels, torch.Generator()))
+    torch.testing.assert_close(net(x, noise, None), net(x, noise, labels, dropping=True))
 
 
 def test_label_dropout_drops_its_share() -> None:
     net = perturbed(tiny(label_dropout=0.3))
     labels, noise = torch.full((2000,), 3), torch.zeros(2000)
-    with_label = net.embed(noise[:1], labels[:1], None)
-    kept = torch.isclose(net.embed(noise, labels, torch.Generator().manual_seed(0)), with_label).all(dim=1)
+    with_label = net.embed(noise[:1], labels[:1], dropping=False)
+    with global_stream(0, 0, "dropout", torch.device("cpu")):
+        kept = torch.isclose(net.embed(noise, labels, dropping=True), with_label).all(dim=1)
     assert kept.float().mean().item() == pytest.approx(0.7, abs=0.04)
 
 
-def test_dropout_keeps_the_mean_and_repeats_with_its_generator() -> None:
-    x = torch.ones(100_000)
-    dropped = drop(x, 0.2, torch.Generator().manual_seed(0))
-    assert sorted(dropped.unique().tolist()) == [0, 1.25]
-    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
-    assert torch.equal(dropped, drop(x, 0.2, torch.Generator().manual_seed(0)))
-    assert drop(x, 0.2, None) is x
+def test_dropout_is_that_of_its_stream_and_leaves_the_global_generator_alone() -> None:
+    net = perturbed(tiny(dropout=0.5))
+    x, noise, labels = inputs()
+    before = torch.get_rng_state()
+    found = []
+    for position in (0, 0, 1):
+        with global_stream(0, position, "dropout", torch.device("cpu")):
+            found.append(net(x, noise, labels, dropping=True))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], net(x, noise, labels))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_weights_come_from_the_seed_and_leave_the_global_state_alone() -> None:

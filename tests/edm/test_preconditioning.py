@@ -10,7 +10,7 @@ SIGMA_DATA = 0.6
 SIGMAS = torch.tensor([0.002, 0.05, 0.3, 0.6, 2.0, 80.0], dtype=torch.float64)
 
 
-def zero_network(x: Tensor, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> Tensor:  # noqa: ARG001
+def zero_network(x: Tensor, noise: Tensor, labels: Tensor | None, dropping: bool) -> Tensor:  # noqa: ARG001
     return torch.zeros_like(x)
 
 
@@ -64,18 +64,18 @@ def test_a_network_that_outputs_the_target_has_no_loss() -> None:
     torch.testing.assert_close(loss, torch.zeros_like(loss))
 
 
-def test_the_network_sees_the_scaled_image_the_log_level_the_labels_and_the_generator() -> None:
-    x, labels, generator = gaussian(6, 1, 2, 2, seed=0), torch.arange(6), torch.Generator()
+def test_the_network_sees_the_scaled_image_the_log_level_the_labels_and_whether_to_drop() -> None:
+    x, labels = gaussian(6, 1, 2, 2, seed=0), torch.arange(6)
     seen: list[object] = []
 
     def network(x: Tensor, *rest: object) -> Tensor:
         seen.extend([x, *rest])
         return torch.ones_like(x)
 
-    denoised = denoise(network, x, SIGMAS, labels, SIGMA_DATA, generator)
+    denoised = denoise(network, x, SIGMAS, labels, SIGMA_DATA, dropping=True)
     level = SIGMAS.view(-1, 1, 1, 1)
     torch.testing.assert_close(seen[0], x / (level**2 + SIGMA_DATA**2).sqrt())
     torch.testing.assert_close(seen[1], SIGMAS.log() / 4)
     assert seen[2] is labels
-    assert seen[3] is generator
+    assert seen[3] is True
     torch.testing.assert_close(denoised, c_skip(level, SIGMA_DATA) * x + c_out(level, SIGMA_DATA))

@@ -249,7 +249,7 @@ def test_guided_samples_of_two_normals_move_away_from_the_other_class() -> None:
     mixture = mixture_denoiser(weights, torch.tensor([-mean, mean], dtype=torch.float64), std)
     single = mixture_denoiser(weights[:1], torch.tensor([mean], dtype=torch.float64), std)
 
-    def network(x: Tensor, noise: Tensor, labels: Tensor | None, _: torch.Generator | None) -> Tensor:
+    def network(x: Tensor, noise: Tensor, labels: Tensor | None, _: bool) -> Tensor:
         """F of eq. 7 for these denoisers, x and noise as the network is given them."""
         sigma = (4 * noise[0]).exp()
         raw = x / c_in(sigma, 0.5)

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pipeline.edm import training
-from pipeline.edm.network import NetworkParams, build_unet
+from pipeline.edm.network import NetworkParams, UNet, build_unet
 from pipeline.edm.training import TrainingState, start, train_generator
 from pipeline.image_writing import write_store
 from pipeline.images import Images, ImageStore
@@ -69,6 +69,22 @@ def test_the_loss_falls_from_one_on_digits(digits: ImageStore) -> None:
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(digits: ImageStore) -> None:
     assert weights(trained(digits, 3)) == weights(trained(digits, 3))
     assert weights(trained(digits, 3)) != weights(trained(digits, 3, seed=1))
+
+
+def test_compile_trains_the_compiled_network(digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes most of a minute on a CPU, so that here another network stands for the compiled one."""
+    calls = []
+
+    def compiled(original: UNet) -> Any:
+        def network(*given: Any) -> Tensor:
+            calls.append(given)
+            return original(*given)
+
+        return network
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert weights(trained(digits, 3, compile=True)) == weights(trained(digits, 3))
+    assert len(calls) == 3
 
 
 def test_a_continued_run_repeats_the_one_that_was_not_stopped(digits: ImageStore) -> None:
@@ -134,7 +150,10 @@ def test_a_step_draws_images_with_their_labels_noise_levels_and_flips(tmp_path: 
     store = store_of(tmp_path / "train", images)
     drawn: list[tuple[Tensor, ...]] = []
 
-    def loss(net: torch.nn.Module, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor, *_: object) -> Tensor:
+    def loss(
+        net: torch.nn.Module, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor, *_: float, dropping: bool
+    ) -> Tensor:
+        assert dropping
         drawn.append((clean, noise, sigma, labels))
         return next(net.parameters()).sum().expand(len(clean))
 
