@@ -132,6 +132,8 @@ def compare(
         before = reset_peak(x.device)
         attack(model, x[: min(WARM_UP, count)], y[: min(WARM_UP, count)])
         memory[name] = peak(x.device) - before
+        if x.device.type == "cuda":  # cuDNN plans each convolution for each number of images, at the first time
+            attack(model, x[:batch_size][:count], y[:batch_size][:count])
     for turn in range(rounds):
         spent = dict.fromkeys(attacks, 0.0)
         for first in range(0, len(x), batch_size):
@@ -198,7 +200,7 @@ def floor(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, scale: Tensor)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         fast(x[:2])
 
-    def count(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
+    def note(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
         def count_backward(_: Tensor) -> None:
             nonlocal passes
             passes += len(logits)  # the gradient of the input takes as many operations as the forward pass
@@ -208,16 +210,17 @@ def floor(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, scale: Tensor)
         if logits.requires_grad:
             logits.register_hook(count_backward)
 
-    fast.register_forward_hook(count)
+    fast.register_forward_hook(note)
     deepfool(fast, x, y, ball=BALLS[norm], scale=scale)
-    z, weight = torch.rand(8, 256, 32, 32, device=x.device), torch.rand(256, 256, 3, 3, device=x.device)
+    count = 8 if x.device.type == "cpu" else 256
+    z, weight = torch.rand(count, 256, 32, 32, device=x.device), torch.rand(256, 256, 3, 3, device=x.device)
     z, weight = (t.to(memory_format=torch.channels_last) for t in (z, weight))
     times = []
     for _ in range(5):
         begin = now(x.device)
         torch.nn.functional.conv2d(z, weight, padding=1)
         times.append(now(x.device) - begin)
-    rate = 2 * 8 * 256 * 256 * 9 * 32 * 32 / min(times)
+    rate = 2 * count * 256 * 256 * 9 * 32 * 32 / min(times)
     return rate / (counter.get_total_flops() / 2 * passes / len(x))
 
 
