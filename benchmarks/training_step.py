@@ -176,9 +176,8 @@ def paid(rows: list[dict[str, Any]]) -> float:
                 for plain, fast in zip(*([row for row in rows if row["path"] == name] for name in ("plain", path)), strict=True)
             ]
             losses.append(mean(pairs))
-            print(
-                f"{path}: loses {mean(pairs):+.2f} points of {kind} accuracy, standard error {stdev(pairs) / len(pairs) ** 0.5:.2f}"
-            )
+            error = stdev(pairs) / len(pairs) ** 0.5
+            print(f"{path}: loses {losses[-1]:+.2f} points of {kind} accuracy, standard error {error:.2f}")
     return max(losses)
 
 
