@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.balls import BALLS, Ball
 from pipeline.deepfool import deepfool
-from pipeline.hyperplanes import class_scale, gradient_scale, rank_classes, step_in_box
+from pipeline.hyperplanes import class_scale, gradient_scale, nearest_hyperplane, rank_classes, step_in_box
 from pipeline.models.inference import inference_copy
 from tests.conftest import untrained
 
@@ -259,8 +259,10 @@ def test_classes_are_ranked_by_gap_over_the_distance_of_their_weights() -> None:
     assert scale is not None
     torch.testing.assert_close(scale[0], torch.tensor([0.0, 5.0, 1.0]))
     logits, y = torch.tensor([[3.0, 1.0, 2.5], [3.0, 1.0, 2.5]]), torch.tensor([0, 0])  # gaps 2 and 0.5
-    assert rank_classes(logits, y, None, scale).tolist() == [[1, 2], [1, 2]]  # 2 / 5 before 0.5 / 1
-    assert rank_classes(logits, y, 1, None).tolist() == [[2], [2]]
+    classes, foretold = rank_classes(logits, y, None, scale)
+    assert classes.tolist() == [[1, 2], [1, 2]]
+    torch.testing.assert_close(foretold[0], torch.tensor([2 / 5, 0.5 / 1]))
+    assert rank_classes(logits, y, 1, None)[0].tolist() == [[2], [2]]
     assert class_scale(nn.Flatten()) is None
     assert (found := class_scale(inference_copy(head, bf16=True))) is not None
     assert torch.equal(found, scale)  # of the float32 weights
@@ -306,3 +308,23 @@ def test_training_mode_and_broken_models_are_refused() -> None:
         next(broken.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="finite logits"):
         deepfool(broken, x, y, ball=BALLS["l2"])
+
+
+def test_mixed_precision_linearises_a_second_class_where_it_is_foretold_to_be_close() -> None:
+    """Class 2 is foretold, by its gap alone, to be farther than class 1, and is nearer, because its slope is 8."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
+    head = net[1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight[:] = torch.tensor([[0.0, 0.0], [1.0, 0.0], [8.0, 0.0]])
+        head.bias[:] = 0
+    mixed = inference_copy(net.eval(), bf16=True)
+    x, y = torch.zeros(4, 1, 1, 2), torch.tensor([0, 0, 0, 0])
+    # gaps to the classes 1 and 2, right and wrong: within a factor of 1.5, and not
+    known = torch.tensor([[1.0, 0, -0.4], [1.0, 0, -0.6], [-1.4, 0, -0.4], [-1.6, 0, -0.6]])
+    found = nearest_hyperplane(mixed, x, y, BALLS["l2"], candidates=2, scale=None, known=known)
+    everywhere = nearest_hyperplane(mixed, x, y, BALLS["l2"], candidates=None, scale=None, known=known)
+    assert found.nearest.tolist() == [2, 1, 1, 1]
+    assert everywhere.nearest.tolist() == [2, 2, 1, 1]
+    torch.testing.assert_close(found.gap, torch.tensor([1.4, 1.0, -1.4, -1.6]))
+    torch.testing.assert_close(found.grad.flatten(1)[:, 0], torch.tensor([-8.0, -1.0, -1.0, -1.0]))
