@@ -10,7 +10,7 @@ from pipeline.models.inference import MixedPrecision
 
 NEWTON_STEPS = 8
 CALIBRATION_BATCH = 16
-CLOSE = 1.5  # of 128 images whose second class turned out the nearer one, 123 were foretold within this factor of the first
+CLOSE = 1.5  # of 128 images whose second class was the nearer one, 123 had it foretold within this factor of the first
 MOST_CALIBRATED = 128  # classes: the gradients of all of them are in memory at a time
 
 
@@ -113,9 +113,9 @@ def gradient_scale(model: nn.Module, x: Tensor, ball: Ball) -> Tensor:
 
 
 def rank_classes(logits: Tensor, y: Tensor, count: int | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The count classes (B, count) other than y of least (f_y - f_k) / scale[y, k], nearest first, and these distances that
-    they foretell; all others when count is None. `scale` (K, K) foretells ||grad (f_y - f_k)|| up to a factor per sample; None takes it as equal for all
-    classes, so that they come by logit."""
+    """The count classes (B, count) other than y of least (f_y - f_k) / scale[y, k], nearest first, and these foretold
+    distances (B, count); all others when count is None. `scale` (K, K) foretells ||grad (f_y - f_k)|| up to a factor per
+    sample; None takes it as equal for all classes, so that they come by logit."""
     foretold = logits.gather(1, y[:, None]) - logits
     if scale is not None and len(scale) == logits.shape[1]:
         foretold = foretold / positive(scale[y])
