@@ -41,22 +41,25 @@ def nearest_hyperplane(
     that no second class is `close` to take one backward pass."""
     z = z.detach()
     if not isinstance(model, MixedPrecision):
-        z.requires_grad_()
         with torch.enable_grad():
-            logits = model(z)
+            logits = model(z.requires_grad_())
         return linearise(logits, z, y, rank_classes(logits.detach(), y, candidates, scale)[0], ball)
     logits = model(z) if known is None else known
-    classes, foretold = rank_classes(logits, y, candidates, scale)
-    whole = Hyperplane(logits, y.clone(), torch.empty_like(logits[:, 0]), torch.empty_like(z))
-    several = close(foretold) if candidates is not None else torch.ones_like(y, dtype=torch.bool)
-    for rows, count in ((~several, 1), (several, classes.shape[1])):
-        if not bool(rows.any()):
-            continue
-        part = z[rows].requires_grad_()
+
+    def at(z: Tensor, y: Tensor, logits: Tensor, classes: Tensor) -> Hyperplane:
         with torch.enable_grad():
-            low = model(part, logits[rows])
-        found = linearise(low, part, y[rows], classes[rows, :count], ball)
-        whole.nearest[rows], whole.gap[rows], whole.grad[rows] = found.nearest, found.gap, found.grad
+            return linearise(model(z.requires_grad_(), logits), z, y, classes, ball)
+
+    classes, foretold = rank_classes(logits, y, candidates, scale)
+    if candidates is None or classes.shape[1] == 1:
+        return at(z, y, logits, classes)
+    whole = Hyperplane(logits, y.clone(), torch.empty_like(logits[:, 0]), torch.empty_like(z))
+    several = close(foretold)
+    for chosen, count in ((~several, 1), (several, classes.shape[1])):
+        rows = chosen.nonzero().squeeze(1)
+        if len(rows):
+            found = at(z[rows], y[rows], logits[rows], classes[rows, :count])
+            whole.nearest[rows], whole.gap[rows], whole.grad[rows] = found.nearest, found.gap, found.grad
     return whole
 
 
@@ -79,8 +82,6 @@ def linearise(logits: Tensor, z: Tensor, y: Tensor, classes: Tensor, ball: Ball)
 
 def close(foretold: Tensor) -> Tensor:
     """Whether the second of the foretold signed distances (B, k), least first, is within the factor `CLOSE` of the first."""
-    if foretold.shape[1] < 2:
-        return torch.zeros_like(foretold[:, 0], dtype=torch.bool)
     first = foretold[:, 0]
     return foretold[:, 1] <= torch.where(first > 0, first * CLOSE, first / CLOSE)
 
