@@ -16,7 +16,7 @@ from pipeline.ema import EMA
 from pipeline.images import Images, ImageStore
 from pipeline.params import InputError, Section
 from pipeline.randomness import global_stream, numpy_stream, torch_stream
-from pipeline.ranks import average_gradients, mean_over_ranks, my_part, rank
+from pipeline.ranks import average_gradients, mean_over_ranks, my_part, rank, world_size
 
 CURVE_POINTS = 200
 Progress = Callable[[int, int, dict[str, float]], None]  # (images seen, images in all, figures)
@@ -93,7 +93,7 @@ def train_generator(
     """Advance state in place to `steps` steps on the images of store: eq. 8 with ln sigma ~ N(p_mean, p_std^2).
 
     What a step draws depends on (seed, step) alone, so a run that goes on from checkpoint repeats the one that was never
-    stopped, and several ranks that share each batch compute what one would.
+    stopped, and several ranks that share each batch compute what one would, but for dropout.
 
     Raises:
         InputError: the loss is no longer a finite number.
@@ -117,7 +117,7 @@ def train_generator(
         noise = clean.new_empty((batch_size, *clean.shape[1:])).normal_(generator=rng)[mine]
         noise = noise.contiguous(memory_format=torch.channels_last)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        with autocast, global_stream(seed, state.step, "dropout", device):
+        with autocast, global_stream(seed, state.step * world_size() + rank(), "dropout", device):
             loss = denoising_loss(network, clean, noise, sigma, labels, sigma_data, dropping=True).mean()
 
         for group in state.optimizer.param_groups:
