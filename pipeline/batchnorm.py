@@ -40,8 +40,16 @@ def batch_norm(norm: nn.BatchNorm2d, x: Tensor, others: Tensor | None = None) ->
     """x (B, C, H, W) by its mean and variance over the images of all ranks and those of which `others` (P, 2 C + 1) are the
     moments; and that mean (C,), variance (C,) and number of values. Gradients flow through the statistics of x; `others` are
     constants."""
-    y, mean, var, count = OverParts.apply(x, norm.weight, norm.bias, others, norm.eps)
+    y, mean, var, count = OverParts.apply(x, *scale_and_shift(norm, x), others, norm.eps)
     return y, mean, var, count
+
+
+def scale_and_shift(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias (C,) of norm, ones and zeros where it has none."""
+    if norm.affine:
+        return norm.weight, norm.bias
+    ones = torch.ones(norm.num_features, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    return ones, torch.zeros_like(ones)
 
 
 class OverParts(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """BatchNorm from merged moments against PyTorch's own."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.batchnorm import OverParts, batch_norm, merge, moments
-from pipeline.training.batchnorm import AttackNorms
+from pipeline.training.batchnorm import AttackNorms, Mode
 
 ALL = [0, 1, 2, 3, 4]
 CHANNELS = {"cpu": ALL, "cuda": [0, 2, 4]}  # a GPU sums one after the other, and loses the digits of a mean far above the rest
@@ -41,9 +42,9 @@ def by_pytorch(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)[:OWN]
 
 
-def as_an_attack_has_it(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def as_an_attack_has_it(norm: nn.BatchNorm2d, x: Tensor, mode: Mode = "batch") -> Tensor:
     """The first rows are attacked, of the others the moments are noted in the clean pass."""
-    norms = AttackNorms(nn.Sequential(norm), "batch", torch.arange(5, len(x)), some_rest=True)
+    norms = AttackNorms(nn.Sequential(norm), mode, torch.arange(5, len(x)), some_rest=True)
     with norms.noting():
         norm(x)
     with norms.frozen():
@@ -101,6 +102,13 @@ def test_an_attack_on_some_rows_normalises_them_as_pytorch_does_in_the_whole_bat
     x, norm = images(), trained_norm()
     ours, whole = as_an_attack_has_it(norm, x), by_pytorch(norm, x)[:5]
     torch.testing.assert_close(ours, whole, rtol=1e-3, atol=3e-3)
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_a_norm_without_weights_is_one_of_weight_one_and_bias_zero(mode: Mode) -> None:
+    x = images(channels=[0, 2])
+    found = [as_an_attack_has_it(nn.BatchNorm2d(2, affine=affine), x, mode) for affine in (True, False)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("device", DEVICES)

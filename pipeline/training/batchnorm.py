@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.batchnorm import batch_norm, merge, moments, per_channel
+from pipeline.batchnorm import batch_norm, merge, moments, per_channel, scale_and_shift
 from pipeline.ranks import gather_over_ranks, world_size
 
 Mode = Literal["batch", "clean", "running"]
@@ -78,8 +78,9 @@ def by_running(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 def by_fixed(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """x (B, C, H, W) by a mean and variance (C,) that do not depend on it; F.batch_norm and its gradient are slower here."""
-    scale = norm.weight * torch.rsqrt(var + norm.eps)
-    shift = norm.bias - mean * scale
+    weight, bias = scale_and_shift(norm, x)
+    scale = weight * torch.rsqrt(var + norm.eps)
+    shift = bias - mean * scale
     return torch.addcmul(per_channel(shift).to(x.dtype), x, per_channel(scale).to(x.dtype))
 
 
