@@ -112,8 +112,10 @@ def manifest_batches(read: Read, num_rows: int, strategy: Strategy, eps: float, 
 
 def source_codes(batch: pa.RecordBatch) -> NDArray[np.int8]:
     """Index in `SOURCES` of each row (n,); files may number their sources differently."""
-    table = np.array([SOURCES.index(name) for name in batch["source"].dictionary.to_pylist()], np.int8)
-    return table[batch["source"].indices.to_numpy()]
+    names, indices = tuple(batch["source"].dictionary.to_pylist()), batch["source"].indices.to_numpy()
+    if names == SOURCES:
+        return indices.astype(np.int8, copy=False)
+    return np.array([SOURCES.index(name) for name in names], np.int8)[indices]
 
 
 @dataclass
@@ -132,9 +134,11 @@ class Summary:
 
     def begin(self, choice: Choice, names: list[str], num_classes: int) -> None:
         """Take what is known before the first batch."""
-        counts = np.bincount(choice.reason, minlength=len(names))
+        counts = [
+            int(np.count_nonzero(choice.reason == code)) for code in range(len(names))
+        ]  # bincount would copy all to int64
         for name, count in zip(names, counts, strict=True):
-            self.by_reason[name] = self.by_reason.get(name, 0) + int(count)
+            self.by_reason[name] = self.by_reason.get(name, 0) + count
         self.thresholds = choice.thresholds
         self.by_class = np.zeros((2, num_classes), np.int64)
         self.eps_kept = np.empty(counts[KEPT], np.float32)
@@ -142,7 +146,7 @@ class Summary:
     def add(self, source: NDArray[np.int8], label: NDArray[np.int16], kept: Mask, eps: NDArray[np.float32]) -> None:
         """Count one batch."""
         num_sources, num_classes = len(SOURCES), self.by_class.shape[1]
-        cell = (label.astype(np.int64) * num_sources + source) * 2 + kept
+        cell = label.astype(np.int32) * (2 * num_sources) + (2 * source + kept)
         counts = np.bincount(cell, minlength=num_classes * num_sources * 2).reshape(num_classes, num_sources, 2)
         self.by_class += [counts.sum(axis=(1, 2)), counts[:, :, 1].sum(axis=1)]
         self.by_source += [counts.sum(axis=(0, 2)), counts[:, :, 1].sum(axis=0)]
