@@ -35,7 +35,7 @@ from pipeline.hyperplanes import gradient_scale
 from pipeline.images import ImageStore
 from pipeline.margins import convolutions
 from pipeline.models.checkpoint import load_model
-from pipeline.models.inference import inference_copy
+from pipeline.models.inference import FewSizes, inference_copy
 from pipeline.threat import NormName
 from pipeline.tight import tight
 
@@ -197,8 +197,9 @@ def agreement(
 def floor(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, scale: Tensor) -> float:
     """Images per second if the forward and backward passes that our DeepFool takes ran at the rate of a large convolution."""
     fast, passes = inference_copy(model), 0
+    assert isinstance(fast, FewSizes)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        fast(x[:2])
+        fast.model(x[:2])  # without what it fills up
 
     def note(_: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
         def count_backward(_: Tensor) -> None:
@@ -236,7 +237,8 @@ def show_tricks(
     for turn in range(rounds + 1):
         for name, (settings, which) in TRICKS.items():
             begin = now(x.device)
-            deepfool(models[which], x[right], y[right], ball=BALLS[norm], **{"scale": scale, **settings})
+            with convolutions(tf32=which == "bf16" or torch.backends.cudnn.allow_tf32):
+                deepfool(models[which], x[right], y[right], ball=BALLS[norm], **{"scale": scale, **settings})
             if turn:
                 times[name].append(now(x.device) - begin)
     rows = []

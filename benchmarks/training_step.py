@@ -95,7 +95,7 @@ def our_step(model: nn.Module, batch: Batch, params: TrainingParams) -> Tensor:
 
 
 def contestants(model: nn.Module, x: Tensor, y: Tensor, num_steps: int, unattacked: float) -> dict[str, Step]:
-    """Each row of the table has the tricks of the rows above it, but for those after the third, each alone on the third.
+    """Each row of the table has the tricks of the rows above it, but for those after the third, each on the third.
     On a GPU the published step is timed in true float32 too, without PyTorch's default of TensorFloat-32."""
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     x_last = x.contiguous(memory_format=torch.channels_last)
@@ -198,7 +198,7 @@ def main(
     unattacked: float = 0.3,
     threads: int = 1,
     accuracy_run: Annotated[bool, typer.Option("--accuracy")] = False,
-    num_seeds: int = 3,
+    num_seeds: Annotated[int, typer.Option(min=2)] = 3,
     data: Annotated[Path, typer.Option(help="Stores of cifar10-small, for --accuracy.")] = Path("data"),
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:

@@ -37,8 +37,8 @@ def nearest_hyperplane(
 ) -> Hyperplane:
     """Linearise the model at z (B, ...) and take the class k that minimises the signed distance
     (f_y - f_k) / ||grad (f_y - f_k)||_dual out of the candidates of `rank_classes`: one forward pass, and one backward
-    pass per candidate. `known` are the logits at z where somebody has them: they save a pass in mixed precision, where images
-    that no second class is `close` to take one backward pass."""
+    pass per candidate. `known` are the logits at z where somebody has them: they save a pass in mixed precision. There the
+    second of two candidates takes its backward pass only if it is `close`."""
     z = z.detach()
     if not isinstance(model, MixedPrecision):
         with torch.enable_grad():
@@ -51,11 +51,11 @@ def nearest_hyperplane(
             return linearise(model(z.requires_grad_(), logits), z, y, classes, ball)
 
     classes, foretold = rank_classes(logits, y, candidates, scale)
-    if candidates is None or classes.shape[1] == 1:
+    if candidates != 2 or classes.shape[1] < 2:
         return at(z, y, logits, classes)
     whole = Hyperplane(logits, y.clone(), torch.empty_like(logits[:, 0]), torch.empty_like(z))
     several = close(foretold)
-    for chosen, count in ((~several, 1), (several, classes.shape[1])):
+    for chosen, count in ((~several, 1), (several, 2)):
         rows = chosen.nonzero().squeeze(1)
         if len(rows):
             found = at(z[rows], y[rows], logits[rows], classes[rows, :count])
@@ -81,7 +81,7 @@ def linearise(logits: Tensor, z: Tensor, y: Tensor, classes: Tensor, ball: Ball)
 
 
 def close(foretold: Tensor) -> Tensor:
-    """Whether the second of the foretold signed distances (B, k), least first, is within the factor `CLOSE` of the first."""
+    """Whether the second of the foretold signed distances (B, 2), least first, is within the factor `CLOSE` of the first."""
     first = foretold[:, 0]
     return foretold[:, 1] <= torch.where(first > 0, first * CLOSE, first / CLOSE)
 

@@ -29,8 +29,10 @@ def torch_stream(seed: int, position: int, stream: Stream, device: torch.device)
 def global_stream(seed: int, position: int, stream: Stream, device: torch.device) -> Iterator[None]:
     """In it the global generator of device is that stream, for what can draw from no other, as compiled dropout; after it the
     generator is what it was."""
-    cuda = device.type == "cuda"
-    shared = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+    shared = torch.default_generator
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        shared = torch.cuda.default_generators[index]
     before = shared.get_state()
     shared.manual_seed(torch_stream(seed, position, stream, device).initial_seed())
     try:

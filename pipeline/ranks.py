@@ -1,7 +1,6 @@
 """Several processes training one model: who I am, whose part is mine, and sums over all. One process needs none of it."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,36 +53,20 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of value over the ranks."""
-    if world_size() == 1:
-        return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over the ranks; its gradient is the sum of the gradients, as every rank uses the sum."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
+    return sum_over_ranks(value) / world_size() if world_size() > 1 else value
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of x over the ranks, differentiable."""
-    return x if world_size() == 1 else SumOverRanks.apply(x)
+    """The sum of x over the ranks."""
+    if world_size() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
 
 
 def gather_over_ranks(x: Tensor) -> Tensor:
-    """The x of every rank, (world_size, ...), differentiable."""
+    """The x of every rank, (world_size, ...)."""
     if world_size() == 1:
         return x[None]
     parts = x.new_zeros(world_size(), *x.shape)

@@ -111,6 +111,30 @@ def test_a_norm_without_weights_is_one_of_weight_one_and_bias_zero(mode: Mode) -
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("mode", ["clean", "running"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_by_fixed_statistics_values_and_gradients_are_those_of_pytorch_in_evaluation(mode: Mode, dtype: torch.dtype) -> None:
+    channels = [0, 1, 2, 4]
+    x, norm = images(dtype, channels), trained_norm(channels).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    norm.momentum = 0.0
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(torch.tensor([1.0, 7.3, 999, 0.5]))
+    norm.running_var.copy_(torch.tensor([4.0, 0.1, 2, 0]))
+    every, exact = (0, 2, 3), x.double()
+    mean, var = exact.mean(every), exact.var(every, correction=0)
+    if mode == "running":
+        mean, var = norm.running_mean.double(), norm.running_var.double()
+    weights = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    z, z_exact = x.clone().requires_grad_(), exact.clone().requires_grad_()
+    out = as_an_attack_has_it(norm, z, mode)
+    wanted = F.batch_norm(z_exact, mean, var, norm.weight.double(), norm.bias.double(), eps=norm.eps)[:5]
+    (grad,), (grad_wanted,) = torch.autograd.grad(out, z, weights), torch.autograd.grad(wanted, z_exact, weights.double())
+    tolerance = {torch.float64: 1e-9, torch.float32: 3e-3, torch.bfloat16: 2**-7}[dtype]
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.double(), grad_wanted, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_in_bf16_the_result_is_as_near_as_rounding_it_allows(device: str) -> None:
     x, norm = images(torch.bfloat16, CHANNELS[device]), trained_norm(CHANNELS[device])

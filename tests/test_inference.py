@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import Classifier, ModelParams, build_network
-from pipeline.models.inference import Affine, inference_copy
+from pipeline.models.inference import Affine, FewSizes, inference_copy
 
 NETWORKS = {
     "preactresnet": ModelParams(architecture="preactresnet", arguments={"blocks": [1, 1], "width": 8}),
@@ -87,3 +87,23 @@ def test_bf16_changes_gradients_by_its_rounding_and_logits_not_at_all() -> None:
     one, other = (gradient(net, x).flatten(1) for net in (exact, mixed))
     assert not torch.equal(one, other)
     assert bool((torch.cosine_similarity(one, other) > 0.999).all())
+
+
+def test_a_gpu_sees_batches_of_multiples_and_gives_back_what_belongs_to_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    class Noting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x.square().flatten(1)
+
+    few = FewSizes(Noting(), multiple=4)
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    assert [few.missing(count, on_gpu=True) for count in (0, 1, 4, 6)] == [0, 3, 0, 2]
+    assert [few.missing(count, on_gpu=False) for count in (0, 1, 4, 6)] == [0, 1, 0, 0]
+    plain = gradient(few, x)
+    monkeypatch.setattr(few, "missing", lambda count, _: -count % 4)
+    assert torch.equal(few(x), x.square().flatten(1))
+    assert torch.equal(gradient(few, x), plain)
+    assert [len(z) for z in seen] == [6, 8, 8]
+    assert seen[-1].is_contiguous(memory_format=torch.channels_last)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import margins
 from pipeline.artifacts import MARGINS_SCHEMA, read_json, read_table
 from pipeline.balls import BALLS
-from pipeline.deepfool import DeepFoolParams, deepfool
+from pipeline.deepfool import DeepFoolParams, DeepFoolResult, deepfool
 from pipeline.images import ImageStore
 from pipeline.margin_quality import sample_places, write_quality
-from pipeline.margins import MarginsSection, foretold_norms, grand, place_parts, scores, shards, write_shard
+from pipeline.margins import MarginsSection, estimate, foretold_norms, grand, place_parts, scores, shards, write_shard
 from pipeline.params import InputError
 from pipeline.threat import ThreatParams
 from tests.conftest import untrained
@@ -81,6 +82,27 @@ def test_batches_and_shards_of_any_size_give_the_same_bytes(tmp_path: Path, stor
         tables.append(read_table(path, MARGINS_SCHEMA).combine_chunks())
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "bf16", "allowed"), [("deepfool", True, True), ("deepfool", False, False), ("tight", True, False)]
+)
+def test_tensor_float_32_is_for_deepfool_with_bf16_alone(
+    monkeypatch: pytest.MonkeyPatch, estimator: str, bf16: bool, allowed: bool
+) -> None:
+    seen = []
+
+    def estimated(*_: object, **__: object) -> DeepFoolResult:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return DeepFoolResult(*[torch.zeros(1)] * 6)
+
+    for name in ("deepfool", "tight"):
+        monkeypatch.setattr(margins, name, estimated)
+    before = torch.backends.cudnn.allow_tf32
+    section = settings(estimator=estimator, bf16=bf16)
+    estimate(untrained(), torch.zeros(1, 3, 8, 8), torch.zeros(1, dtype=torch.long), BALLS["linf"], section, None)
+    assert seen == [allowed]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_the_quality_sample_has_as_many_rows_of_each_source(stores: dict[str, ImageStore]) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
-
-GPU_MULTIPLE = 16
 
 
 class Affine(nn.Module):
@@ -64,17 +63,20 @@ def inference_copy(model: nn.Module, *, bf16: bool = False) -> nn.Module:
 
 
 class FewSizes(nn.Module):
-    """The model, which sees batches of fewer sizes. On a CPU a single image is given twice: the kernels round a batch of one
-    otherwise than larger ones, so that the logits of an image would depend on the batch that it is in. On a GPU batches are
-    filled up to a multiple of 16 with their first image, for cuDNN plans every convolution anew for every size."""
+    """The model, which sees batches of fewer sizes, filled up with black images. On a CPU a single image gets one beside it:
+    the kernels round a batch of one otherwise than larger ones, so that the logits of an image would depend on the batch that
+    it is in. On a GPU batches are multiples of `multiple`, for cuDNN plans every convolution anew for every size."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, multiple: int = 16) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.multiple = model, multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = -len(x) % GPU_MULTIPLE if x.is_cuda else int(len(x) == 1)
-        return self.model(x) if missing == 0 else self.model(torch.cat([x, x[:1].expand(missing, -1, -1, -1)]))[: len(x)]
+        missing = self.missing(len(x), x.is_cuda)
+        return self.model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(x)] if missing else self.model(x)
+
+    def missing(self, count: int, on_gpu: bool) -> int:
+        return -count % self.multiple if on_gpu else int(count == 1)
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:

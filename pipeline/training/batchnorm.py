@@ -8,11 +8,12 @@ adversarial to it need not be so to that one.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pipeline.batchnorm import batch_norm, merge, moments, per_channel, scale_and_shift
 from pipeline.ranks import gather_over_ranks, world_size
@@ -35,7 +36,8 @@ class AttackNorms:
         self.norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         self.mode, self.rest = mode, rest
         self.wants_clean_pass = bool(self.norms) and (mode == "clean" or (mode == "batch" and some_rest))
-        self.noted: dict[nn.BatchNorm2d, Tensor] = {}  # moments of the images of every rank that count
+        self.noted: dict[nn.BatchNorm2d, Tensor] = {}  # moments of the rest on every rank
+        self.fixed: dict[nn.BatchNorm2d, tuple[Tensor, Tensor]] = {}  # mean and variance
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -50,8 +52,11 @@ class AttackNorms:
     @torch.no_grad()
     def note(self, norm: nn.Module, inputs: tuple[Tensor]) -> None:
         assert isinstance(norm, nn.BatchNorm2d)
-        rows = inputs[0][self.rest] if self.mode == "batch" else inputs[0]
-        self.noted[norm] = gather_over_ranks(moments(rows))
+        if self.mode == "batch":
+            self.noted[norm] = gather_over_ranks(moments(inputs[0][self.rest]))
+        else:
+            mean, var, _ = merge(gather_over_ranks(moments(inputs[0])))
+            self.fixed[norm] = mean, var
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -66,22 +71,27 @@ class AttackNorms:
         return batch_norm(norm, x, self.noted.get(norm))[0]
 
     def by_clean(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        mean, var, _ = merge(self.noted[norm])
-        return by_fixed(norm, x, mean, var)
+        return ByFixed.apply(x, *self.fixed[norm], *scale_and_shift(norm, x), norm.eps)
 
 
 def by_running(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return by_fixed(norm, x, norm.running_mean, norm.running_var)
+    return ByFixed.apply(x, norm.running_mean, norm.running_var, *scale_and_shift(norm, x), norm.eps)
 
 
-def by_fixed(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """x (B, C, H, W) by a mean and variance (C,) that do not depend on it; F.batch_norm and its gradient are slower here."""
-    weight, bias = scale_and_shift(norm, x)
-    scale = weight * torch.rsqrt(var + norm.eps)
-    shift = bias - mean * scale
-    return torch.addcmul(per_channel(shift).to(x.dtype), x, per_channel(scale).to(x.dtype))
+class ByFixed(torch.autograd.Function):
+    """x (B, C, H, W) by a mean and variance (C,) that do not depend on it. The gradient is that of x alone, in one pass, which
+    PyTorch's own does not reach."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(weight * torch.rsqrt(var + eps))
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (scale,) = ctx.saved_tensors
+        return grads[0] * per_channel(scale).to(grads[0].dtype), None, None, None, None, None
 
 
 @contextmanager

@@ -87,6 +87,24 @@ def test_compile_trains_the_compiled_network(digits: ImageStore, monkeypatch: py
     assert len(calls) == 3
 
 
+def test_every_step_and_rank_draws_its_own_dropout(digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def loss(net: torch.nn.Module, clean: Tensor, *_: object, dropping: bool) -> Tensor:
+        assert dropping
+        seeds.append(torch.initial_seed())
+        return next(net.parameters()).sum().expand(len(clean))
+
+    monkeypatch.setattr(training, "denoising_loss", loss)
+    trained(digits, 3)
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    for number in range(2):
+        monkeypatch.setattr(training, "rank", lambda number=number: number)
+        trained(digits, 3)
+    assert len(set(seeds[:3])) == 3
+    assert len(set(seeds[3:])) == 6
+
+
 def test_a_continued_run_repeats_the_one_that_was_not_stopped(digits: ImageStore) -> None:
     stopped, continued = trained(digits, 3), fresh(digits)
     continued.net.load_state_dict(stopped.net.state_dict())
