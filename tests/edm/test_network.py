@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.edm.network import Block, NetworkParams, UNet, build_unet, positions
+from pipeline.edm.network import Block, NetworkParams, UNet, build_unet, group_norm, positions
 from pipeline.params import InputError
 from pipeline.randomness import global_stream
 
@@ -161,6 +161,17 @@ def test_dropout_is_that_of_its_stream_and_leaves_the_global_generator_alone() -
     assert not torch.equal(found[0], found[2])
     assert not torch.equal(found[0], net(x, noise, labels))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_group_norm_in_bf16_is_rounded_once_on_small_maps() -> None:
+    x = torch.randn(4, 32, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16().to(memory_format=torch.channels_last)
+    norm = group_norm(32)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 32))
+        norm.bias.copy_(torch.linspace(-1, 1, 32))
+    low = norm.to(torch.bfloat16)
+    exact = F.group_norm(x.double(), low.num_groups, low.weight.double(), low.bias.double(), low.eps)
+    torch.testing.assert_close(low(x).double(), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_weights_come_from_the_seed_and_leave_the_global_state_alone() -> None:
