@@ -43,6 +43,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2{scheduler}
 MaxArraySize=8
+FirstJobId={ctld_port}
 KillWait=3
 OverTimeLimit=0
 InactiveLimit=0
@@ -98,6 +99,8 @@ class Cluster:
             "scheduler": "",
             "preempt_parameters": "SlurmctldParameters=preempt_send_user_signal" if preempt_signal else "",
             "grace_s": grace_s,
+            # The first job has the number of a port, another one than in a cluster beside this one: the ranks of a job meet at
+            # a port that follows from its number.
             **{f"{name}_port": free_port() for name in ("ctld", "n1", "n2", "dbd", "sql")},
         }
         dbd = "AccountingStorageHost=localhost\nAccountingStoragePort={dbd_port}"
