@@ -33,9 +33,8 @@ from pipeline.batches import to_tensor
 from pipeline.deepfool import DeepFoolParams, deepfool
 from pipeline.hyperplanes import gradient_scale
 from pipeline.images import ImageStore
-from pipeline.margins import convolutions
 from pipeline.models.checkpoint import load_model
-from pipeline.models.inference import FewSizes, inference_copy
+from pipeline.models.inference import FewSizes, convolutions, inference_copy
 from pipeline.threat import NormName
 from pipeline.tight import tight
 
@@ -163,27 +162,24 @@ def compare(
     return rows
 
 
+def margins(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, **settings: Any) -> Tensor:
+    """Of all images, misclassified ones too, in pieces."""
+    pieces = zip(x.split(128), y.split(128), strict=True)
+    return torch.cat([deepfool(model, a, b, ball=BALLS[norm], **settings).margin for a, b in pieces])
+
+
 def exact_margins(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, **settings: Any) -> Tensor:
-    """In float32 and over all classes, of all images, misclassified ones too."""
-    exact = inference_copy(model)
+    """In float32 and over all classes."""
     with convolutions(tf32=False):
-        found = [
-            deepfool(exact, a, b, ball=BALLS[norm], **EVERY_CLASS, **settings).margin
-            for a, b in zip(x.split(128), y.split(128), strict=True)
-        ]
-    return torch.cat(found)
+        return margins(inference_copy(model), x, y, norm, **EVERY_CLASS, **settings)
 
 
 def agreement(
     model: nn.Module, x: Tensor, y: Tensor, norm: NormName, wanted: Tensor, *, bf16: bool = False, **settings: Any
 ) -> dict[str, float]:
     """Of the settings with the exact margins (B,)."""
-    fast = inference_copy(model, bf16=bf16)
     with convolutions(tf32=bf16 or torch.backends.cudnn.allow_tf32):
-        found = [
-            deepfool(fast, a, b, ball=BALLS[norm], **settings).margin for a, b in zip(x.split(128), y.split(128), strict=True)
-        ]
-    got = torch.cat(found)
+        got = margins(inference_copy(model, bf16=bf16), x, y, norm, **settings)
     both = got.isfinite() & wanted.isfinite()
     cut = wanted[both].quantile(KEEP)
     return {

@@ -29,8 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.attacks import PGDParams
 from pipeline.balls import BALLS
 from pipeline.images import ImageStore
-from pipeline.margins import convolutions
 from pipeline.models import Classifier, ModelParams, build_network
+from pipeline.models.inference import convolutions
 from pipeline.params import read_yaml
 from pipeline.threat import ThreatParams
 from pipeline.training import TrainingParams, train

@@ -1,8 +1,7 @@
 """The margin table: signed DeepFool margin and cheap difficulty scores of every image of a store."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from pipeline.deepfool import DeepFoolParams, DeepFoolResult, deepfool
 from pipeline.hyperplanes import MOST_CALIBRATED, gradient_scale
 from pipeline.images import ImageStore
 from pipeline.losses import cross_entropy, cw_margin
-from pipeline.models.inference import inference_copy
+from pipeline.models.inference import convolutions, inference_copy
 from pipeline.params import InputError, Section
 from pipeline.randomness import numpy_stream
 from pipeline.threat import NormName, ThreatParams
@@ -173,14 +172,6 @@ def estimate(
         if settings.estimator == "tight":
             return tight(fast, x, y, ball=ball, **settings.tight.model_dump(), **common)
         return deepfool(fast, x, y, ball=ball, scale=scale, **common)
-
-
-@contextmanager
-def convolutions(*, tf32: bool) -> Iterator[None]:
-    """In it the convolutions of a GPU compute float32 in TensorFloat-32 (10 bits of mantissa), or not."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=tf32):
-        yield
 
 
 @lru_cache(maxsize=2)  # in float32, and in bfloat16 where that is asked for

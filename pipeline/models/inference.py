@@ -2,8 +2,8 @@
 folded, channels last, bf16."""
 
 import copy
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -109,3 +109,11 @@ class MixedPrecision(nn.Module):
             return exact
         low = self.low(x.to(torch.bfloat16)).to(exact.dtype)
         return low + (exact - low).detach()
+
+
+@contextmanager
+def convolutions(*, tf32: bool) -> Iterator[None]:
+    """In it the convolutions of a GPU compute float32 in TensorFloat-32 (10 bits of mantissa), or not."""
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=tf32):
+        yield

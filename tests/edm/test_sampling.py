@@ -275,20 +275,9 @@ def test_bf16_changes_the_images_a_little(net: UNet) -> None:
     assert 0 < np.abs(found - plain).mean() < 4
 
 
-def test_compile_draws_from_the_compiled_network(net: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes most of a minute on a CPU, so that here another network stands for the compiled one."""
-    calls = []
-
-    def compiled(original: UNet) -> Any:
-        def network(*given: Any) -> Tensor:
-            calls.append(given)
-            return original(*given)
-
-        return network
-
-    monkeypatch.setattr(torch, "compile", compiled)
+def test_compile_draws_from_the_compiled_network(net: UNet, compiled_calls: list[Any]) -> None:
     np.testing.assert_array_equal(sampled(net, 0, 4, 4, compile=True)[0], sampled(net, 0, 4, 4)[0])
-    assert len(calls) == SamplerParams(**FAST).evaluations == 5
+    assert len(compiled_calls) == SamplerParams(**FAST).evaluations == 5
 
 
 def test_the_largest_seed_names_noise_and_a_larger_one_is_refused() -> None:

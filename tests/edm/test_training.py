@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pipeline.edm import training
-from pipeline.edm.network import NetworkParams, UNet, build_unet
+from pipeline.edm.network import NetworkParams, build_unet
 from pipeline.edm.training import TrainingState, start, train_generator
 from pipeline.image_writing import write_store
 from pipeline.images import Images, ImageStore
@@ -71,20 +71,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(digits: ImageSt
     assert weights(trained(digits, 3)) != weights(trained(digits, 3, seed=1))
 
 
-def test_compile_trains_the_compiled_network(digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes most of a minute on a CPU, so that here another network stands for the compiled one."""
-    calls = []
-
-    def compiled(original: UNet) -> Any:
-        def network(*given: Any) -> Tensor:
-            calls.append(given)
-            return original(*given)
-
-        return network
-
-    monkeypatch.setattr(torch, "compile", compiled)
+def test_compile_trains_the_compiled_network(digits: ImageStore, compiled_calls: list[Any]) -> None:
     assert weights(trained(digits, 3, compile=True)) == weights(trained(digits, 3))
-    assert len(calls) == 3
+    assert len(compiled_calls) == 3
 
 
 def test_every_step_and_rank_draws_its_own_dropout(digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
