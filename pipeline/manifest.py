@@ -135,9 +135,8 @@ class Summary:
 
     def begin(self, choice: Choice, names: list[str], num_classes: int) -> None:
         """Take what is known before the first batch."""
-        counts = [
-            int(np.count_nonzero(choice.reason == code)) for code in range(len(names))
-        ]  # bincount would copy all to int64
+        # bincount would copy all of them, in eight bytes each.
+        counts = [int(np.count_nonzero(choice.reason == code)) for code in range(len(names))]
         for name, count in zip(names, counts, strict=True):
             self.by_reason[name] = self.by_reason.get(name, 0) + count
         self.thresholds = choice.thresholds
