@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.params import InputError
 
+BATCH_ROWS = 2**20
 SOURCES = ("real", "synthetic")
 _SOURCE = pa.dictionary(pa.int8(), pa.string())
 
@@ -142,7 +143,7 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     return pa.concat_tables(tables)
 
 
-def scan_table(path: Path, schema: pa.Schema, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+def scan_table(path: Path, schema: pa.Schema, columns: Sequence[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     """As `read_table`, in batches of at most batch_rows rows."""
     for part in table_parts(path, schema):
         with readable(part), pq.ParquetFile(part) as file:

@@ -2,19 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, scan_table, table_parts, write_json
+from pipeline.artifacts import BATCH_ROWS, MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, scan_table, table_parts, write_json
 from pipeline.params import InputError
-from pipeline.pruning import KEPT, Choice, Mask, Read, Strategy, choose, eps_function, load_columns, reasons
-from pipeline.selection import CHUNK_ROWS
+from pipeline.pruning import KEPT, Mask, Read, Strategy, choose, eps_function, load_columns, numbered, reasons
+from pipeline.selection import chunks
+from pipeline.threads import on_all_cores, one_behind
 from pipeline.threat import NormName
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
@@ -31,27 +32,25 @@ def write_manifest(folder: Path, margins: Path, strategy: Strategy, eps: float) 
     num_rows = sum(pq.read_metadata(part).num_rows for part in parts)
 
     def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        return scan_table(margins, MARGINS_SCHEMA, names, CHUNK_ROWS)
+        return scan_table(margins, MARGINS_SCHEMA, names, BATCH_ROWS)
 
-    summary = Summary(eps, num_rows, strategy.budget)
-    encodings = {"row": "DELTA_BINARY_PACKED", "eps": "BYTE_STREAM_SPLIT"}
+    plan = make_plan(read, num_rows, strategy, eps)
+    counts = Counts.of(plan)
     with (
         pq.ParquetWriter(
             folder / "manifest.parquet",
             MANIFEST_SCHEMA,
-            compression="zstd",
+            # The others are a few bits per row as they are encoded, of which zstd would take a tenth, in as much of the time.
+            compression={name: "zstd" if name == "eps" else "none" for name in MANIFEST_SCHEMA.names},
             use_dictionary=["source", "label", "reason"],
-            column_encoding=encodings,
+            column_encoding={"row": "DELTA_BINARY_PACKED", "eps": "BYTE_STREAM_SPLIT"},
             write_statistics=False,  # a quarter of the time of writing, for bounds that nobody asks for
         ) as writer,
-        ThreadPoolExecutor(1) as behind,  # one batch is compressed while the next is made
+        ThreadPoolExecutor(1) as aside,
     ):
-        written = behind.submit(int)
-        for batch in manifest_batches(read, num_rows, strategy, eps, summary):
-            written.result()
-            written = behind.submit(writer.write_batch, batch)
-        written.result()
-    write_json(folder / "summary.json", summary.content())
+        radii = aside.submit(describe_eps, plan)
+        one_behind(writer.write_batch, manifest_batches(read, plan, counts))
+    write_json(folder / "summary.json", summary(plan, counts, strategy) | radii.result())
 
 
 def check_norm(margins: Path, strategy: Strategy, norm: NormName) -> None:
@@ -70,42 +69,59 @@ def check_norm(margins: Path, strategy: Strategy, norm: NormName) -> None:
 
 def prune(margins: pa.Table, strategy: Strategy, eps: float) -> tuple[pa.Table, dict[str, Any]]:
     """As `write_manifest`, in memory: the manifest and its summary."""
-    summary = Summary(eps, len(margins), strategy.budget)
 
     def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        return iter(margins.select(list(names)).combine_chunks().to_batches(CHUNK_ROWS))
+        return iter(margins.select(list(names)).combine_chunks().to_batches(BATCH_ROWS))
 
-    batches = list(manifest_batches(read, len(margins), strategy, eps, summary))
-    return pa.Table.from_batches(batches, MANIFEST_SCHEMA), summary.content()
+    plan = make_plan(read, len(margins), strategy, eps)
+    counts = Counts.of(plan)
+    batches = list(manifest_batches(read, plan, counts))
+    return pa.Table.from_batches(batches, MANIFEST_SCHEMA), summary(plan, counts, strategy) | describe_eps(plan)
 
 
-def manifest_batches(read: Read, num_rows: int, strategy: Strategy, eps: float, summary: "Summary") -> Iterator[pa.RecordBatch]:
-    """The manifest of the margin table that read gives, batch by batch, and its counts into summary."""
+@dataclass(frozen=True)
+class Plan:
+    """Of every row (n,): its label, the code of its reason among `names`, and the radius it has if it is kept; and the score
+    at each cut, and the eps of the threat."""
+
+    label: NDArray[np.int16]
+    reason: NDArray[np.int8]
+    radius: NDArray[np.float32]
+    names: list[str]
+    thresholds: dict[str, dict[str, float]]
+    eps: float
+
+
+def make_plan(read: Read, num_rows: int, strategy: Strategy, eps: float) -> Plan:
+    """What the strategy makes of the margin table that read gives."""
     columns = load_columns(read, num_rows, strategy)
     choice = choose(columns, strategy)
-    names = reasons(strategy)
-    summary.begin(choice, names, int(columns.label.max(initial=0)) + 1)
-    radius = eps_function(strategy.eps, lambda: columns.margin[(choice.reason == KEPT) & choice.lowered], eps)
-    dictionary = pa.array(names)
-    start = 0
-    for batch in read(["source", "row"]):
-        part = slice(start, start + len(batch))
-        start = part.stop
-        kept = choice.reason[part] == KEPT
-        eps_i = np.full(len(batch), eps, np.float32)
-        if strategy.uses_margin:
-            eps_i = np.where(choice.lowered[part], radius(columns.margin[part]), eps_i)
-        label = columns.label[part]
-        codes = source_codes(batch)
-        summary.add(codes, label, kept, eps_i)
+    radius = np.full(num_rows, eps, np.float32)
+    if strategy.uses_margin:
+        radius_of = eps_function(strategy.eps, lambda: columns.margin[(choice.reason == KEPT) & choice.lowered], eps)
+
+        def lower(part: slice) -> None:
+            np.copyto(radius[part], radius_of(columns.margin[part]), where=choice.lowered[part])
+
+        on_all_cores(lower, chunks(num_rows))
+    return Plan(columns.label, choice.reason, radius, reasons(strategy), choice.thresholds, eps)
+
+
+def manifest_batches(read: Read, plan: Plan, counts: "Counts") -> Iterator[pa.RecordBatch]:
+    """The manifest, batch by batch; adds each to counts."""
+    dictionary = pa.array(plan.names)
+    for part, batch in numbered(read(["source", "row"])):
+        label, reason, codes = plan.label[part], plan.reason[part], source_codes(batch)
+        kept = reason == KEPT
+        counts.add(codes, label, kept)
         yield pa.RecordBatch.from_arrays(
             [
                 pa.DictionaryArray.from_arrays(codes, list(SOURCES)),
                 batch["row"],
                 label,
                 kept,
-                pa.array(eps_i, mask=~kept),
-                pa.DictionaryArray.from_arrays(choice.reason[part], dictionary),
+                pa.array(plan.radius[part], mask=~kept),
+                pa.DictionaryArray.from_arrays(reason, dictionary),
             ],
             schema=MANIFEST_SCHEMA,
         )
@@ -119,57 +135,58 @@ def source_codes(batch: pa.RecordBatch) -> NDArray[np.int8]:
     return np.array([SOURCES.index(name) for name in names], np.int8)[indices]
 
 
-@dataclass
-class Summary:
-    """Counts by reason, source and class, the thresholds of the score, quantiles of eps (pixel range), batch by batch."""
+@dataclass(frozen=True)
+class Counts:
+    """Total and kept by class (2, K) and by source (2, S), batch by batch."""
 
-    eps: float
-    total: int
-    budget: Literal["fixed", "scaled"]
-    thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
-    by_reason: dict[str, int] = field(default_factory=dict)
-    by_class: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 0), np.int64))
-    by_source: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, len(SOURCES)), np.int64))
-    eps_kept: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    kept: int = 0
+    by_class: NDArray[np.int64]
+    by_source: NDArray[np.int64]
 
-    def begin(self, choice: Choice, names: list[str], num_classes: int) -> None:
-        """Take what is known before the first batch."""
-        # bincount would copy all of them, in eight bytes each.
-        counts = [int(np.count_nonzero(choice.reason == code)) for code in range(len(names))]
-        for name, count in zip(names, counts, strict=True):
-            self.by_reason[name] = self.by_reason.get(name, 0) + count
-        self.thresholds = choice.thresholds
-        self.by_class = np.zeros((2, num_classes), np.int64)
-        self.eps_kept = np.empty(counts[KEPT], np.float32)
+    @classmethod
+    def of(cls, plan: Plan) -> Self:
+        """None yet, for the classes of plan."""
+        return cls(np.zeros((2, int(plan.label.max(initial=0)) + 1), np.int64), np.zeros((2, len(SOURCES)), np.int64))
 
-    def add(self, source: NDArray[np.int8], label: NDArray[np.int16], kept: Mask, eps: NDArray[np.float32]) -> None:
+    def add(self, source: NDArray[np.int8], label: NDArray[np.int16], kept: Mask) -> None:
         """Count one batch."""
         num_sources, num_classes = len(SOURCES), self.by_class.shape[1]
         cell = label.astype(np.int32) * (2 * num_sources) + (2 * source + kept)
         counts = np.bincount(cell, minlength=num_classes * num_sources * 2).reshape(num_classes, num_sources, 2)
-        self.by_class += [counts.sum(axis=(1, 2)), counts[:, :, 1].sum(axis=1)]
-        self.by_source += [counts.sum(axis=(0, 2)), counts[:, :, 1].sum(axis=0)]
-        found = eps[kept]
-        self.eps_kept[self.kept : self.kept + len(found)] = found
-        self.kept += len(found)
+        self.by_class[:] += [counts.sum(axis=(1, 2)), counts[:, :, 1].sum(axis=1)]
+        self.by_source[:] += [counts.sum(axis=(0, 2)), counts[:, :, 1].sum(axis=0)]
 
-    def content(self) -> dict[str, Any]:
-        lowered = int(np.count_nonzero(self.eps_kept < np.float32(self.eps)))
-        quantiles = np.quantile(self.eps_kept, QUANTILES, overwrite_input=True)
-        return {
-            "total": self.total,
-            "kept": self.kept,
-            "fraction_kept": self.kept / self.total,
-            "steps_share": self.kept / self.total if self.budget == "scaled" else 1.0,
-            "reasons": {name: count for name, count in self.by_reason.items() if count},
-            "by_source": pairs(self.by_source, SOURCES),
-            "by_class": pairs(self.by_class, [str(k) for k in range(self.by_class.shape[1])]),
-            "thresholds": self.thresholds,
-            "eps": self.eps,
-            "eps_lowered": lowered,
-            "eps_quantiles": {f"{q:g}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
-        }
+
+def summary(plan: Plan, counts: Counts, strategy: Strategy) -> dict[str, Any]:
+    """Counts by reason, source and class, and the thresholds of the score."""
+    total = len(plan.reason)
+    # bincount would copy all of them, in eight bytes each.
+    by_reason = [int(np.count_nonzero(plan.reason == code)) for code in range(len(plan.names))]
+    found: dict[str, int] = {}
+    for name, count in zip(plan.names, by_reason, strict=True):
+        found[name] = found.get(name, 0) + count
+    share = by_reason[KEPT] / total
+    return {
+        "total": total,
+        "kept": by_reason[KEPT],
+        "fraction_kept": share,
+        "steps_share": share if strategy.budget == "scaled" else 1.0,
+        "reasons": {name: count for name, count in found.items() if count},
+        "by_source": pairs(counts.by_source, SOURCES),
+        "by_class": pairs(counts.by_class, [str(k) for k in range(counts.by_class.shape[1])]),
+        "thresholds": plan.thresholds,
+        "eps": plan.eps,
+    }
+
+
+def describe_eps(plan: Plan) -> dict[str, Any]:
+    """How many of the kept rows have less than the eps of the threat, and quantiles of theirs (pixel range)."""
+    kept = plan.radius[plan.reason == KEPT]
+    lowered = int(np.count_nonzero(kept < np.float32(plan.eps)))
+    quantiles = np.quantile(kept, QUANTILES, overwrite_input=True)
+    return {
+        "eps_lowered": lowered,
+        "eps_quantiles": {f"{q:g}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
+    }
 
 
 def pairs(counts: NDArray[np.int64], names: Sequence[str]) -> dict[str, dict[str, int]]:

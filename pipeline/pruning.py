@@ -3,7 +3,7 @@
 The table is read in batches, and only the columns that a strategy needs are held, some ten bytes per row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -14,7 +14,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from pipeline.hashing import uniform
 from pipeline.params import InputError, Section
-from pipeline.selection import chunks, extremes
+from pipeline.selection import chunks, count_groups, extremes
+from pipeline.threads import on_all_cores, one_behind
 
 Score = Literal["random", "margin", "confidence", "entropy", "logit_margin", "el2n", "grand"]
 Mask = NDArray[np.bool_]
@@ -132,10 +133,9 @@ def load_columns(read: Read, num_rows: int, strategy: Strategy) -> Columns:
     applies, wrong, converged = np.ones(num_rows, bool), np.zeros(num_rows, bool), np.empty(num_rows, bool)
     margin = np.empty(num_rows, np.float32) if strategy.uses_margin else empty
     score = margin if strategy.score in (None, "margin") else np.empty(num_rows, np.float32)
-    start = 0
-    for batch in read(sorted(names)):
-        part = slice(start, start + len(batch))
-        start = part.stop
+
+    def load(numbered: tuple[slice, pa.RecordBatch]) -> None:
+        part, batch = numbered
         label[part] = batch["label"].to_numpy()
         converged[part] = batch["converged"].to_numpy(zero_copy_only=False)
         if "source" in names:
@@ -150,7 +150,17 @@ def load_columns(read: Read, num_rows: int, strategy: Strategy) -> Columns:
             score[part] = uniform(np.arange(part.start, part.stop), strategy.seed, 1)
         elif scored:
             score[part] = score_of(batch, strategy)
+
+    one_behind(load, numbered(read(sorted(names))))
     return Columns(label, applies, wrong, converged, score, margin)
+
+
+def numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[slice, pa.RecordBatch]]:
+    """Each batch with the rows it has in the whole."""
+    start = 0
+    for batch in batches:
+        yield slice(start, start + len(batch)), batch
+        start += len(batch)
 
 
 def score_of(batch: pa.RecordBatch, strategy: Strategy) -> Values:
@@ -171,44 +181,46 @@ def choose(columns: Columns, strategy: Strategy) -> Choice:
     Raises:
         InputError: nothing is kept.
     """
-    reason = np.full(len(columns.label), KEPT, np.int8)
-    if strategy.misclassified == "drop":
-        reason[columns.applies & columns.wrong] = MISCLASSIFIED
-    unknown = columns.applies & ~columns.converged & (reason == KEPT) if strategy.uses_margin else np.zeros(len(reason), bool)
-    if strategy.not_converged == "drop":
-        reason[unknown] = NOT_CONVERGED
+    num_rows = len(columns.label)
+    reason, unknown, candidates = np.full(num_rows, KEPT, np.int8), np.zeros(num_rows, bool), np.empty(num_rows, bool)
+
+    def sort_out(part: slice) -> None:
+        applies, fate = columns.applies[part], reason[part]
+        if strategy.misclassified == "drop":
+            fate[applies & columns.wrong[part]] = MISCLASSIFIED
+        if strategy.uses_margin:
+            unknown[part] = applies & ~columns.converged[part] & (fate == KEPT)
+            if strategy.not_converged == "drop":
+                fate[unknown[part]] = NOT_CONVERGED
+        candidates[part] = applies & (fate == KEPT) & ~unknown[part]
+
+    on_all_cores(sort_out, chunks(num_rows))
     thresholds: dict[str, dict[str, float]] = {}
     if strategy.score is not None:
-        certain = unknown if strategy.not_converged == "keep" else None
-        thresholds = drop_extremes(reason, columns, certain, strategy)
+        certain = unknown if strategy.not_converged == "keep" else np.zeros_like(unknown)
+        thresholds = drop_extremes(reason, columns, candidates, certain, strategy)
     if not (reason == KEPT).any():
-        raise InputError(f"strategy keeps none of {len(reason)} rows; raise keep (now {strategy.keep}) or relax its drop rules")
+        raise InputError(f"strategy keeps none of {num_rows} rows; raise keep (now {strategy.keep}) or relax its drop rules")
     return Choice(reason, columns.applies & ~unknown, thresholds)
 
 
 def drop_extremes(
-    reason: NDArray[np.int8], columns: Columns, certain: Mask | None, strategy: Strategy
+    reason: NDArray[np.int8], columns: Columns, candidates: Mask, certain: Mask, strategy: Strategy
 ) -> dict[str, dict[str, float]]:
-    """Write the reason of the pruned rows into reason; `certain` rows are kept whatever their score. Returns, per group,
-    the score at each cut."""
+    """Write the reason of the pruned candidates into reason; `certain` rows are kept whatever their score, and count.
+    Returns, per group, the score at each cut."""
     num_groups = int(columns.label.max(initial=0)) + 1 if strategy.per_class else 1
     groups = columns.label if strategy.per_class else None
-
-    def count(mask: Mask) -> NDArray[np.int64]:
-        if groups is None:
-            return np.array([np.count_nonzero(mask)])
-        return sum((np.bincount(groups[p][mask[p]], minlength=num_groups) for p in chunks(len(mask))), np.zeros(1, np.int64))
-
-    candidates = columns.applies & (reason == KEPT)
-    held = np.zeros(num_groups, np.int64)
-    if certain is not None:
-        candidates &= ~certain
-        held = count(certain)
-    free = np.maximum(0, quotas(count(columns.applies), strategy.keep) - held)
-    surplus = np.maximum(0, count(candidates) - free)
+    applying, held, free = (count_groups(mask, groups, num_groups) for mask in (columns.applies, certain, candidates))
+    surplus = np.maximum(0, free - np.maximum(0, quotas(applying, strategy.keep) - held))
     low = {"highest": np.zeros_like(surplus), "lowest": surplus, "both": surplus // 2}[strategy.prune]
     is_low, is_high, cuts = extremes(columns.score, groups, candidates, low, surplus - low, strategy.seed)
-    reason[is_low], reason[is_high] = LOW, (LOW if strategy.score == "random" else HIGH)
+
+    def drop(part: slice) -> None:
+        reason[part][is_low[part]] = LOW
+        reason[part][is_high[part]] = LOW if strategy.score == "random" else HIGH
+
+    on_all_cores(drop, chunks(len(reason)))
     thresholds: dict[str, dict[str, float]] = {}
     for group in np.flatnonzero(surplus):
         ends = {"low": cuts.low[group], "high": cuts.high[group]}

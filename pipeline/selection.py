@@ -7,10 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.hashing import hashed
+from pipeline.threads import on_all_cores
 
-CHUNK_ROWS = 2**20
+CHUNK_ROWS = 2**18  # what a core works on at a time stays in its cache
+SAMPLE_ROWS = 2**18
+DEVIATIONS = 4  # of the sample's ranks, on either side of the rank that is sought
 
 Mask = NDArray[np.bool_]
+Groups = NDArray[np.int16] | None
 Counts = NDArray[np.int64]
 Values = NDArray[np.float32]
 
@@ -26,27 +30,15 @@ class Cuts:
     high_ties: Counts
 
 
-def extremes(
-    values: Values, groups: NDArray[np.int16] | None, candidates: Mask, low: Counts, high: Counts, seed: int
-) -> tuple[Mask, Mask, Cuts]:
+def extremes(values: Values, groups: Groups, candidates: Mask, low: Counts, high: Counts, seed: int) -> tuple[Mask, Mask, Cuts]:
     """Which of the candidates among values (n,) are the low[k] lowest and the high[k] highest of their group k.
 
     As in a sort of each group by value and then by an order of the rows that the seed draws. `groups` (n,) are numbers
     below K; None is one group. low[k] + high[k] must not exceed the candidates of a group, and none of them may be NaN.
     """
-    grouped, starts = by_group(values, groups, candidates, len(low))
-    cuts = find_cuts(grouped, starts, low, high)
-    is_low, is_high = np.zeros(len(values), bool), np.zeros(len(values), bool)
-    low_ties, high_ties = [], []
-    for part in chunks(len(values)):
-        group = slice(None) if groups is None else groups[part]
-        low_cut, high_cut = (cuts.low[0], cuts.high[0]) if groups is None else (cuts.low[group], cuts.high[group])
-        is_low[part] = candidates[part] & (values[part] < low_cut)
-        is_high[part] = candidates[part] & (values[part] > high_cut)
-        low_ties.append(part.start + np.flatnonzero(candidates[part] & (values[part] == low_cut)))
-        high_ties.append(part.start + np.flatnonzero(candidates[part] & (values[part] == high_cut)))
-    is_low[first_of(np.concatenate(low_ties), groups, cuts.low_ties, seed, from_end=False)] = True
-    is_high[first_of(np.concatenate(high_ties), groups, cuts.high_ties, seed, from_end=True)] = True
+    cuts = find_cuts(values, groups, candidates, low, high)
+    is_low = beyond(values, groups, candidates, cuts.low, cuts.low_ties, seed, from_end=False)
+    is_high = beyond(values, groups, candidates, cuts.high, cuts.high_ties, seed, from_end=True)
     return is_low, is_high, cuts
 
 
@@ -54,59 +46,125 @@ def chunks(count: int) -> Iterator[slice]:
     return (slice(first, min(first + CHUNK_ROWS, count)) for first in range(0, max(count, 1), CHUNK_ROWS))
 
 
-def by_group(
-    values: Values, groups: NDArray[np.int16] | None, candidates: Mask, num_groups: int
-) -> tuple[Values, NDArray[np.int64]]:
-    """The candidates' values, group after group, and where each group starts, and the end (K + 1,). A copy of the values is
-    all the memory it takes."""
+def count_groups(mask: Mask, groups: Groups, num_groups: int) -> Counts:
+    """How many rows of mask (n,) each group has (K,)."""
+    counts = on_all_cores(lambda part: tally(mask[part], rows_of(groups, part), num_groups), chunks(len(mask)))
+    return np.sum(counts, axis=0)
+
+
+def tally(mask: Mask, groups: Groups, num_groups: int) -> Counts:
     if groups is None:
-        chosen = values[candidates]
-        return chosen, np.array([0, len(chosen)])
-    counts = np.zeros(num_groups, np.int64)
-    for part in chunks(len(values)):
-        counts += np.bincount(groups[part][candidates[part]], minlength=num_groups)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    grouped, filled = np.empty(starts[-1], np.float32), starts[:-1].copy()
-    for part in chunks(len(values)):
-        group = groups[part][candidates[part]]
-        order = np.argsort(group, kind="stable")
-        here = np.bincount(group, minlength=num_groups)
-        within = np.arange(len(group)) - np.repeat(np.cumsum(here) - here, here)
-        grouped[np.repeat(filled, here) + within] = values[part][candidates[part]][order]
-        filled += here
-    return grouped, starts
+        return np.array([np.count_nonzero(mask)])
+    return np.bincount(groups[mask], minlength=num_groups)
 
 
-def find_cuts(grouped: Values, starts: NDArray[np.int64], low: Counts, high: Counts) -> Cuts:
-    """The cuts of each group; reorders the values within the groups."""
-    num_groups = len(low)
-    cuts = Cuts(
-        np.full(num_groups, -np.inf, np.float32),
-        np.full(num_groups, np.inf, np.float32),
-        np.zeros(num_groups, np.int64),
-        np.zeros(num_groups, np.int64),
-    )
-    for k in range(num_groups):
-        group = grouped[starts[k] : starts[k + 1]]
-        at = [*([low[k] - 1] if low[k] else []), *([len(group) - high[k]] if high[k] else [])]
-        if at:
-            group.partition(at)
-        if low[k]:
-            cuts.low[k] = group[low[k] - 1]
-            cuts.low_ties[k] = low[k] - np.count_nonzero(group[: low[k]] < cuts.low[k])
-        if high[k]:
-            cuts.high[k] = group[len(group) - high[k]]
-            cuts.high_ties[k] = high[k] - np.count_nonzero(group[len(group) - high[k] :] > cuts.high[k])
-    return cuts
+def rows_of(groups: Groups, part: slice) -> Groups:
+    return None if groups is None else groups[part]
 
 
-def first_of(
-    positions: NDArray[np.int64], groups: NDArray[np.int16] | None, wanted: Counts, seed: int, *, from_end: bool
-) -> NDArray[np.int64]:
-    """Of the rows at positions the first wanted[k] of each group k in the order that the seed draws, or the last."""
-    order = hashed(positions, seed, 0)
-    if from_end:
-        order = ~order
+def of_row(of_group: Values, groups: Groups) -> Values:
+    """What each row (n,) has by its group, of what the groups have (K,)."""
+    return of_group if groups is None else of_group[groups]
+
+
+def find_cuts(values: Values, groups: Groups, candidates: Mask, low: Counts, high: Counts) -> Cuts:
+    rank = count_groups(candidates, groups, len(low)) - high
+    low_cut, below, _ = at_rank(values, groups, candidates, low - 1, low > 0)
+    low_ties = np.where(low > 0, low - below, 0)
+    high_cut, below, equal = at_rank(values, groups, candidates, rank, high > 0)
+    high_ties = np.where(high > 0, below + equal - rank, 0)
+    inf = np.float32(np.inf)
+    return Cuts(np.where(low > 0, low_cut, -inf), np.where(high > 0, high_cut, inf), low_ties, high_ties)
+
+
+def at_rank(values: Values, groups: Groups, candidates: Mask, rank: Counts, wanted: Mask) -> tuple[Values, Counts, Counts]:
+    """The value at a rank, from 0, among the ascending candidates of each wanted group (K,), how many of them are below it,
+    and how many equal it.
+
+    Only what lies between two values of a sample is sorted (Floyd & Rivest 1975), or all where these do not enclose it.
+    """
+    value, below, equal = np.zeros(len(rank), np.float32), np.zeros(len(rank), np.int64), np.zeros(len(rank), np.int64)
+    if not wanted.any():
+        return value, below, equal
+    todo = wanted.copy()
+    inf = np.full(len(rank), np.inf, np.float32)
+
+    def settle(group: tuple[int, int, Values]) -> None:
+        k, lower, between = group
+        at = rank[k] - lower
+        if todo[k] and 0 <= at < len(between):
+            between.partition(at)
+            value[k], todo[k] = between[at], False
+            below[k] = lower + np.count_nonzero(between < value[k])
+            equal[k] = np.count_nonzero(between == value[k])
+
+    for low, high in (enclose(values, groups, candidates, rank), (-inf, inf)):
+        low, high = np.where(todo, low, inf), np.where(todo, high, -inf)
+        lower, between = divide(values, groups, candidates, low, high)
+        on_all_cores(settle, zip(range(len(rank)), lower, between, strict=True))
+        if not todo.any():
+            break
+    return value, below, equal
+
+
+def enclose(values: Values, groups: Groups, candidates: Mask, rank: Counts) -> tuple[Values, Values]:
+    """Two values (K,) between which that of the rank in each group lies, as far as a sample can tell."""
+    sample = slice(None, None, len(values) // SAMPLE_ROWS + 1)
+    chosen = candidates[sample]
+    drawn = values[sample][chosen]
+    group = np.zeros(len(drawn), np.int16) if groups is None else groups[sample][chosen]
+    drawn = np.concatenate([drawn[np.lexsort((drawn, group))], [np.float32(np.nan)]])  # never read, but there
+    sizes = np.bincount(group, minlength=len(rank))
+    share = (rank + 0.5) / np.maximum(1, count_groups(candidates, groups, len(rank)))
+    spread = 1 + DEVIATIONS * np.sqrt(np.maximum(0, sizes * share * (1 - share)))
+    first, last = np.floor(sizes * share - spread).astype(np.int64), np.ceil(sizes * share + spread).astype(np.int64)
+    starts = np.cumsum(sizes) - sizes
+    low = np.where(first >= 0, drawn[starts + np.clip(first, 0, sizes)], np.float32(-np.inf))
+    high = np.where(last < sizes, drawn[starts + np.clip(last, 0, sizes)], np.float32(np.inf))
+    return low, high
+
+
+def divide(values: Values, groups: Groups, candidates: Mask, low: Values, high: Values) -> tuple[Counts, list[Values]]:
+    """Of each group (K,): how many candidates are below low, and those from low to high."""
+
+    def look(part: slice) -> tuple[Counts, Values, NDArray[np.int16]]:
+        value, group = values[part], rows_of(groups, part)
+        lower = value < of_row(low, group)
+        inside = candidates[part] & ~lower & (value <= of_row(high, group))
+        found = value[inside]
+        return (
+            tally(candidates[part] & lower, group, len(low)),
+            found,
+            np.zeros(len(found), np.int16) if group is None else group[inside],
+        )
+
+    counts, found, of_group = zip(*on_all_cores(look, chunks(len(values))), strict=True)
+    group = np.concatenate(of_group)
+    ordered = np.concatenate(found)[np.argsort(group, kind="stable")]
+    return np.sum(counts, axis=0), np.split(ordered, np.cumsum(np.bincount(group, minlength=len(low)))[:-1])
+
+
+def beyond(values: Values, groups: Groups, candidates: Mask, cuts: Values, ties: Counts, seed: int, *, from_end: bool) -> Mask:
+    """The candidates (n,) below the cut of their group k, and the first ties[k] at it in the order that the seed draws;
+    from the end, those above and the last."""
+    found = np.zeros(len(values), bool)
+    if not ties.any():
+        return found
+    compare = np.greater if from_end else np.less
+
+    def mark(part: slice) -> NDArray[np.int64]:
+        cut = of_row(cuts, rows_of(groups, part))
+        found[part] = candidates[part] & compare(values[part], cut)
+        return part.start + np.flatnonzero(candidates[part] & (values[part] == cut))
+
+    tied = np.concatenate(on_all_cores(mark, chunks(len(values))))
+    order = hashed(tied, seed, 0)
+    found[first_of(tied, groups, ties, ~order if from_end else order)] = True
+    return found
+
+
+def first_of(positions: NDArray[np.int64], groups: Groups, wanted: Counts, order: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Of the rows at positions (n,) the first wanted[k] of each group k by their order (n,)."""
     group = np.zeros(len(positions), np.int16) if groups is None else groups[positions]
     ranked = np.lexsort((order, group))
     sizes = np.bincount(group, minlength=len(wanted))

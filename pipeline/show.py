@@ -15,7 +15,6 @@ from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, read_js
 from pipeline.images import ImageStore, StoreHeader
 from pipeline.manifest import source_codes
 from pipeline.params import InputError
-from pipeline.selection import CHUNK_ROWS
 
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 SAMPLE_IMAGES = 2000  # of a store, for the quantiles of its pixels
@@ -85,7 +84,7 @@ def describe_margins(path: Path) -> list[str]:
     lines = [f"{path}: margin table", *schema_lines(MARGINS_SCHEMA, metadata), ""]
     rows = dict.fromkeys(SOURCES, 0)
     wrong = missing = 0
-    for batch in scan_table(path, MARGINS_SCHEMA, ["source", "label", "predicted", "converged"], CHUNK_ROWS):
+    for batch in scan_table(path, MARGINS_SCHEMA, ["source", "label", "predicted", "converged"]):
         for code, count in zip(*np.unique(source_codes(batch), return_counts=True), strict=True):
             rows[SOURCES[code]] += int(count)
         wrong += int(np.count_nonzero(batch["label"].to_numpy() != batch["predicted"].to_numpy()))
@@ -106,7 +105,7 @@ def counts(title: str, values: dict[str, Any]) -> list[str]:
 
 def column(path: Path, schema: pa.Schema, name: str) -> NDArray[np.float32]:
     """All values of a column that are not null."""
-    batches = [batch.column(0).drop_null().to_numpy() for batch in scan_table(path, schema, [name], CHUNK_ROWS)]
+    batches = [batch.column(0).drop_null().to_numpy() for batch in scan_table(path, schema, [name])]
     return np.concatenate(batches) if batches else np.empty(0, np.float32)
 
 
@@ -139,7 +138,7 @@ def sheet(path: Path, data: Path, *, per_group: int, max_classes: int) -> Image.
     kept = None
     if manifest.is_file():
         kept = np.concatenate(
-            [b["kept"].to_numpy(zero_copy_only=False) for b in scan_table(manifest, MANIFEST_SCHEMA, ["kept"], CHUNK_ROWS)]
+            [b["kept"].to_numpy(zero_copy_only=False) for b in scan_table(manifest, MANIFEST_SCHEMA, ["kept"])]
         )
     margins = data / "margins" if kept is not None else path
     return draw(margin_rows(margins, kept, stores, per_group, max_classes), TITLES)
@@ -154,7 +153,7 @@ def store_rows(store: ImageStore, count: int, max_classes: int) -> Iterator[Row]
 def margin_rows(
     margins: Path, chosen: NDArray[np.bool_] | None, stores: dict[str, ImageStore], count: int, max_classes: int
 ) -> Iterator[Row]:
-    batches = list(scan_table(margins, MARGINS_SCHEMA, ["label", "margin"], CHUNK_ROWS))
+    batches = list(scan_table(margins, MARGINS_SCHEMA, ["label", "margin"]))
     label = np.concatenate([batch["label"].to_numpy() for batch in batches])
     margin = np.concatenate([batch["margin"].to_numpy(zero_copy_only=False) for batch in batches])
     del batches

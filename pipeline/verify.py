@@ -1,8 +1,6 @@
 """Verification of image stores on demand: every byte against the digests of store.json, every count against the files."""
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import numpy as np
 from pipeline.artifacts import digest_file
 from pipeline.images import StoreHeader, load_map, shard_name
 from pipeline.params import InputError
+from pipeline.threads import on_all_cores
 
 Problem = str  # "file: what was wanted, what came"
 
@@ -38,8 +37,7 @@ def verify(store: Path) -> list[Problem]:
     ]
     columns = {"labels.npy": header.labels_sha256, "source_rows.npy": header.source_rows_sha256}
     files += [(store / name, (header.count,), np.int64, digest) for name, digest in columns.items() if digest]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing leaves the interpreter to the others
-        problems = [problem for found in pool.map(lambda file: check_file(*file), files) for problem in found]
+    problems = [problem for found in on_all_cores(lambda file: check_file(*file), files) for problem in found]
     return problems + list(check_counts(store, header)) + list(check_names(store, header))
 
 

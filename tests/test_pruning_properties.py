@@ -212,7 +212,7 @@ def test_the_manifest_of_a_table_in_parts_is_that_of_the_whole(
         assume(False)
         raise
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifests, "CHUNK_ROWS", chunk)
+        patch.setattr(manifests, "BATCH_ROWS", chunk)
         (margins := Path(folder) / "margins").mkdir()
         edges = sorted({0, len(table), *(cut for cut in cuts if cut < len(table))})
         for index, (start, stop) in enumerate(pairwise(edges)):

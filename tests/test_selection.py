@@ -25,9 +25,16 @@ def sorted_extremes(values: Any, groups: Any, candidates: Any, low: Any, high: A
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), n=st.integers(1, 60), num_groups=st.integers(1, 4), num_values=st.integers(1, 8), seed=st.integers(0, 9))
+@given(
+    data=st.data(),
+    n=st.integers(1, 60),
+    num_groups=st.integers(1, 4),
+    num_values=st.integers(1, 8),
+    seed=st.integers(0, 9),
+    sample_rows=st.integers(1, 60),
+)
 def test_extremes_are_those_of_a_full_sort_with_many_ties(
-    data: st.DataObject, n: int, num_groups: int, num_values: int, seed: int
+    data: st.DataObject, n: int, num_groups: int, num_values: int, seed: int, sample_rows: int
 ) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     values = rng.choice(np.array([-np.inf, -2.5, -0.0, 0.0, 1e-30, 1, 2, np.inf][:num_values], np.float32), n)
@@ -39,6 +46,8 @@ def test_extremes_are_those_of_a_full_sort_with_many_ties(
     values[~candidates] = np.nan  # what is no candidate may be anything
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "CHUNK_ROWS", 7)
+        patch.setattr(selection, "SAMPLE_ROWS", sample_rows)
+        patch.setattr(selection, "DEVIATIONS", 0.1)  # too few now and then: what the sample says may be wrong
         is_low, is_high, _ = extremes(values, groups if num_groups > 1 else None, candidates, low, high, seed)
     wanted = sorted_extremes(values, groups, candidates, low, high, seed)
     assert (set(np.flatnonzero(is_low).tolist()), set(np.flatnonzero(is_high).tolist())) == wanted

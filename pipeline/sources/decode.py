@@ -19,6 +19,7 @@ from pipeline.params import InputError
 from pipeline.sources.corrupt import Corrupt, CorruptImageError
 from pipeline.sources.rows import Rows
 from pipeline.sources.source import changed
+from pipeline.threads import num_cores
 
 TASK_ROWS = 256
 ROWS_PER_PROCESS = 2048  # starting a process costs as much as decoding a few thousand small images
@@ -206,8 +207,3 @@ def in_order(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def num_cores() -> int:
-    """Cores this process may use (on SLURM: those of the job)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,6 @@
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.images import Chunk, Images, Labels
 from pipeline.params import InputError
 from pipeline.sources.corrupt import Corrupt
 from pipeline.sources.rows import Rows, hold_out
+from pipeline.threads import on_all_cores
 
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**28
@@ -171,8 +171,7 @@ def expand_splits(train: Sequence[str], test: Sequence[str]) -> dict[SplitName, 
 def file_digests(files: Iterable[Path]) -> dict[str, str]:
     """Name as given and SHA-256 of every file."""
     files = list(files)
-    with ThreadPoolExecutor() as pool:
-        return {path.as_posix(): sha256 for path, sha256 in zip(files, pool.map(digest_file, files), strict=True)}
+    return {path.as_posix(): sha256 for path, sha256 in zip(files, on_all_cores(digest_file, files), strict=True)}
 
 
 def digests(files: dict[SplitName, list[Path]]) -> dict[str, list[dict[str, str]]]:

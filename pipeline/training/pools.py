@@ -14,8 +14,6 @@ from pipeline.params import InputError
 from pipeline.randomness import numpy_stream
 from pipeline.training.sampler import permuted
 
-CHUNK_ROWS = 2**20
-
 
 @dataclass(frozen=True)
 class Pool:
@@ -41,14 +39,14 @@ def read_pools(manifest: Path, stores: dict[str, ImageStore]) -> dict[str, Pool]
         InputError: there is no manifest, or it names rows that a store does not have.
     """
     kept = dict.fromkeys(SOURCES, 0)
-    for batch in scan_table(manifest, MANIFEST_SCHEMA, ["source", "kept"], CHUNK_ROWS):
+    for batch in scan_table(manifest, MANIFEST_SCHEMA, ["source", "kept"]):
         for source in SOURCES:
             kept[source] += pc.sum(chosen(batch, source)).as_py() or 0
     pools = {
         source: Pool(stores[source], np.empty(count, np.uint32), np.empty(count, np.float32)) for source, count in kept.items()
     }
     filled = dict.fromkeys(SOURCES, 0)
-    for batch in scan_table(manifest, MANIFEST_SCHEMA, ["source", "row", "kept", "eps"], CHUNK_ROWS):
+    for batch in scan_table(manifest, MANIFEST_SCHEMA, ["source", "row", "kept", "eps"]):
         for source, pool in pools.items():
             part = batch.filter(chosen(batch, source))
             rows = part["row"].to_numpy()
