@@ -139,9 +139,11 @@ def divide(values: Values, groups: Groups, candidates: Mask, low: Values, high: 
         )
 
     counts, found, of_group = zip(*on_all_cores(look, chunks(len(values))), strict=True)
-    group = np.concatenate(of_group)
-    ordered = np.concatenate(found)[np.argsort(group, kind="stable")]
-    return np.sum(counts, axis=0), np.split(ordered, np.cumsum(np.bincount(group, minlength=len(low)))[:-1])
+    between, group = np.concatenate(found), np.concatenate(of_group)
+    del found, of_group
+    if groups is not None:
+        between = between[np.argsort(group, kind="stable")]
+    return np.sum(counts, axis=0), np.split(between, np.cumsum(np.bincount(group, minlength=len(low)))[:-1])
 
 
 def beyond(values: Values, groups: Groups, candidates: Mask, cuts: Values, ties: Counts, seed: int, *, from_end: bool) -> Mask:

@@ -219,12 +219,13 @@ def positions(noise: Tensor, channels: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32 where the kernel of a CPU for bfloat16 takes several times as long: on maps smaller than 32 x 32."""
+    """By way of channels first where a CPU's kernel for bfloat16 in channels last takes several times as long: on maps smaller
+    than 32 x 32."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[2] * x.shape[3] >= 1024:
             return super().forward(x)
-        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 
 def group_norm(channels: int) -> GroupNorm:
