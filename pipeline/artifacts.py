@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.params import InputError
 
@@ -143,11 +145,19 @@ def read_table(path: Path, schema: pa.Schema, columns: list[str] | None = None) 
     return pa.concat_tables(tables)
 
 
-def scan_table(path: Path, schema: pa.Schema, columns: Sequence[str], batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-    """As `read_table`, in batches of at most batch_rows rows."""
+def scan_table(path: Path, schema: pa.Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """As `read_table`, in batches of at most `BATCH_ROWS` rows."""
     for part in table_parts(path, schema):
         with readable(part), pq.ParquetFile(part) as file:
-            yield from file.iter_batches(batch_rows, columns=list(columns))
+            yield from file.iter_batches(BATCH_ROWS, columns=list(columns))
+
+
+def source_codes(batch: pa.RecordBatch) -> NDArray[np.int8]:
+    """Index in `SOURCES` of each row (n,); files may number their sources differently."""
+    names, indices = tuple(batch["source"].dictionary.to_pylist()), batch["source"].indices.to_numpy()
+    if names == SOURCES:
+        return indices.astype(np.int8, copy=False)
+    return np.array([SOURCES.index(name) for name in names], np.int8)[indices]
 
 
 def table_parts(path: Path, schema: pa.Schema) -> list[Path]:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -36,7 +37,7 @@ class Checkpoint:
         """Replace the file in one step: at any moment it holds a complete state."""
         tensors: dict[str, Tensor] = {}
         outline = {"outline": json.dumps(take_tensors(state, tensors, ""))}
-        work = self.path.with_name(f".{self.path.name}.tmp")
+        work = self.path.with_name(f".{self.path.name}.{uuid4().hex}.tmp")  # another writer may not know yet that it is one too
         if tensors:
             from safetensors.torch import save_file as save_tensors
 

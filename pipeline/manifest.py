@@ -11,7 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.artifacts import BATCH_ROWS, MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, scan_table, table_parts, write_json
+from pipeline.artifacts import (
+    BATCH_ROWS,
+    MANIFEST_SCHEMA,
+    MARGINS_SCHEMA,
+    SOURCES,
+    scan_table,
+    source_codes,
+    table_parts,
+    write_json,
+)
 from pipeline.params import InputError
 from pipeline.pruning import KEPT, Mask, Read, Strategy, choose, eps_function, load_columns, numbered, reasons
 from pipeline.selection import chunks
@@ -32,7 +41,7 @@ def write_manifest(folder: Path, margins: Path, strategy: Strategy, eps: float) 
     num_rows = sum(pq.read_metadata(part).num_rows for part in parts)
 
     def read(names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        return scan_table(margins, MARGINS_SCHEMA, names, BATCH_ROWS)
+        return scan_table(margins, MARGINS_SCHEMA, names)
 
     plan = make_plan(read, num_rows, strategy, eps)
     counts = Counts.of(plan)
@@ -125,14 +134,6 @@ def manifest_batches(read: Read, plan: Plan, counts: "Counts") -> Iterator[pa.Re
             ],
             schema=MANIFEST_SCHEMA,
         )
-
-
-def source_codes(batch: pa.RecordBatch) -> NDArray[np.int8]:
-    """Index in `SOURCES` of each row (n,); files may number their sources differently."""
-    names, indices = tuple(batch["source"].dictionary.to_pylist()), batch["source"].indices.to_numpy()
-    if names == SOURCES:
-        return indices.astype(np.int8, copy=False)
-    return np.array([SOURCES.index(name) for name in names], np.int8)[indices]
 
 
 @dataclass(frozen=True)

@@ -147,4 +147,11 @@ def leftovers(params: dict[str, Any], data: Path) -> list[Path]:
     for folder in PER_RUN:
         stale += [path for path in data.glob(f"{folder}/*") if path.name not in runs]
     finished = [path for path in stale if path.is_dir() and not path.name.startswith(".")]
-    return sorted([*finished, *data.rglob(".*.tmp")])
+    unfinished = [path for path in data.rglob(".*.tmp") if not is_being_written(path)]
+    return sorted([*finished, *(path for path in unfinished if not any(p in unfinished for p in path.parents))])
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether the process whose number is in the name of unfinished work, or of a folder above it, is alive."""
+    numbers = [part for name in path.parts if name.endswith(".tmp") for part in name.split(".") if part.isdecimal()]
+    return any(Path("/proc", number).exists() for number in numbers)

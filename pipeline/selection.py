@@ -1,6 +1,6 @@
 """The lowest and highest values of every group, exactly as a full sort would find them, in a few passes and little memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,13 @@ from pipeline.threads import on_all_cores
 CHUNK_ROWS = 2**18  # what a core works on at a time stays in its cache
 SAMPLE_ROWS = 2**18
 DEVIATIONS = 4  # of the sample's ranks, on either side of the rank that is sought
+LEADING_BITS = 24  # as many as a float32 holds
 
 Mask = NDArray[np.bool_]
 Groups = NDArray[np.int16] | None
 Counts = NDArray[np.int64]
 Values = NDArray[np.float32]
+Order = Callable[[Counts], NDArray[np.uint64]]  # rows (n,) -> what they are sorted by (n,), all different
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ def extremes(values: Values, groups: Groups, candidates: Mask, low: Counts, high
     below K; None is one group. low[k] + high[k] must not exceed the candidates of a group, and none of them may be NaN.
     """
     cuts = find_cuts(values, groups, candidates, low, high)
-    is_low = beyond(values, groups, candidates, cuts.low, cuts.low_ties, seed, from_end=False)
-    is_high = beyond(values, groups, candidates, cuts.high, cuts.high_ties, seed, from_end=True)
+
+    def order(rows: Counts) -> NDArray[np.uint64]:
+        return hashed(rows, seed, 0)
+
+    is_low = beyond(np.less, cuts.low, cuts.low_ties, values, groups, candidates, order)
+    is_high = beyond(np.greater, cuts.high, cuts.high_ties, values, groups, candidates, lambda rows: ~order(rows))
     return is_low, is_high, cuts
 
 
@@ -68,18 +74,21 @@ def of_row(of_group: Values, groups: Groups) -> Values:
 
 
 def find_cuts(values: Values, groups: Groups, candidates: Mask, low: Counts, high: Counts) -> Cuts:
-    rank = count_groups(candidates, groups, len(low)) - high
-    low_cut, below, _ = at_rank(values, groups, candidates, low - 1, low > 0)
+    counts = count_groups(candidates, groups, len(low))
+    rank = counts - high
+    low_cut, below, _ = at_rank(values, groups, candidates, counts, low - 1, low > 0)
     low_ties = np.where(low > 0, low - below, 0)
-    high_cut, below, equal = at_rank(values, groups, candidates, rank, high > 0)
+    high_cut, below, equal = at_rank(values, groups, candidates, counts, rank, high > 0)
     high_ties = np.where(high > 0, below + equal - rank, 0)
     inf = np.float32(np.inf)
     return Cuts(np.where(low > 0, low_cut, -inf), np.where(high > 0, high_cut, inf), low_ties, high_ties)
 
 
-def at_rank(values: Values, groups: Groups, candidates: Mask, rank: Counts, wanted: Mask) -> tuple[Values, Counts, Counts]:
-    """The value at a rank, from 0, among the ascending candidates of each wanted group (K,), how many of them are below it,
-    and how many equal it.
+def at_rank(
+    values: Values, groups: Groups, candidates: Mask, counts: Counts, rank: Counts, wanted: Mask
+) -> tuple[Values, Counts, Counts]:
+    """The value at a rank, from 0, among the ascending candidates, counts[k] of them, of each wanted group (K,), how many of
+    them are below it, and how many equal it.
 
     Only what lies between two values of a sample is sorted (Floyd & Rivest 1975), or all where these do not enclose it.
     """
@@ -88,26 +97,21 @@ def at_rank(values: Values, groups: Groups, candidates: Mask, rank: Counts, want
         return value, below, equal
     todo = wanted.copy()
     inf = np.full(len(rank), np.inf, np.float32)
-
-    def settle(group: tuple[int, int, Values]) -> None:
-        k, lower, between = group
-        at = rank[k] - lower
-        if todo[k] and 0 <= at < len(between):
-            between.partition(at)
-            value[k], todo[k] = between[at], False
-            below[k] = lower + np.count_nonzero(between < value[k])
-            equal[k] = np.count_nonzero(between == value[k])
-
-    for low, high in (enclose(values, groups, candidates, rank), (-inf, inf)):
-        low, high = np.where(todo, low, inf), np.where(todo, high, -inf)
-        lower, between = divide(values, groups, candidates, low, high)
-        on_all_cores(settle, zip(range(len(rank)), lower, between, strict=True))
+    for low, high in (enclose(values, groups, candidates, counts, rank), (-inf, inf)):
+        lower, pieces = divide(values, groups, candidates, np.where(todo, low, inf), np.where(todo, high, -inf))
+        for k in np.flatnonzero(todo):
+            between, at = pieces[k], rank[k] - lower[k]
+            if 0 <= at < len(between):
+                between.partition(at)
+                value[k], todo[k] = between[at], False
+                below[k] = lower[k] + np.count_nonzero(between < value[k])
+                equal[k] = np.count_nonzero(between == value[k])
         if not todo.any():
-            break
-    return value, below, equal
+            return value, below, equal
+    raise ValueError(f"wanted ranks below the numbers of candidates, none of them NaN, got {rank[todo]} of {counts[todo]}")
 
 
-def enclose(values: Values, groups: Groups, candidates: Mask, rank: Counts) -> tuple[Values, Values]:
+def enclose(values: Values, groups: Groups, candidates: Mask, counts: Counts, rank: Counts) -> tuple[Values, Values]:
     """Two values (K,) between which that of the rank in each group lies, as far as a sample can tell."""
     sample = slice(None, None, len(values) // SAMPLE_ROWS + 1)
     chosen = candidates[sample]
@@ -115,7 +119,7 @@ def enclose(values: Values, groups: Groups, candidates: Mask, rank: Counts) -> t
     group = np.zeros(len(drawn), np.int16) if groups is None else groups[sample][chosen]
     drawn = np.concatenate([drawn[np.lexsort((drawn, group))], [np.float32(np.nan)]])  # never read, but there
     sizes = np.bincount(group, minlength=len(rank))
-    share = (rank + 0.5) / np.maximum(1, count_groups(candidates, groups, len(rank)))
+    share = (rank + 0.5) / np.maximum(1, counts)
     spread = 1 + DEVIATIONS * np.sqrt(np.maximum(0, sizes * share * (1 - share)))
     first, last = np.floor(sizes * share - spread).astype(np.int64), np.ceil(sizes * share + spread).astype(np.int64)
     starts = np.cumsum(sizes) - sizes
@@ -146,29 +150,49 @@ def divide(values: Values, groups: Groups, candidates: Mask, low: Values, high: 
     return np.sum(counts, axis=0), np.split(between, np.cumsum(np.bincount(group, minlength=len(low)))[:-1])
 
 
-def beyond(values: Values, groups: Groups, candidates: Mask, cuts: Values, ties: Counts, seed: int, *, from_end: bool) -> Mask:
-    """The candidates (n,) below the cut of their group k, and the first ties[k] at it in the order that the seed draws;
-    from the end, those above and the last."""
-    found = np.zeros(len(values), bool)
+def beyond(
+    compare: np.ufunc, cuts: Values, ties: Counts, values: Values, groups: Groups, candidates: Mask, order: Order
+) -> Mask:
+    """The candidates (n,) beyond the cut of their group k, and the first ties[k] at it in order."""
+    found, tied = np.zeros(len(values), bool), np.zeros(len(values), bool)
     if not ties.any():
         return found
-    compare = np.greater if from_end else np.less
 
-    def mark(part: slice) -> NDArray[np.int64]:
+    def mark(part: slice) -> None:
         cut = of_row(cuts, rows_of(groups, part))
         found[part] = candidates[part] & compare(values[part], cut)
-        return part.start + np.flatnonzero(candidates[part] & (values[part] == cut))
+        tied[part] = candidates[part] & (values[part] == cut)
 
-    tied = np.concatenate(on_all_cores(mark, chunks(len(values))))
-    order = hashed(tied, seed, 0)
-    found[first_of(tied, groups, ties, ~order if from_end else order)] = True
+    on_all_cores(mark, chunks(len(values)))
+    add_first(found, tied, groups, ties, order)
     return found
 
 
-def first_of(positions: NDArray[np.int64], groups: Groups, wanted: Counts, order: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Of the rows at positions (n,) the first wanted[k] of each group k by their order (n,)."""
-    group = np.zeros(len(positions), np.int16) if groups is None else groups[positions]
-    ranked = np.lexsort((order, group))
+def add_first(found: Mask, tied: Mask, groups: Groups, wanted: Counts, order: Order) -> None:
+    """Mark in found (n,) the first wanted[k] of the tied rows (n,) of each group k in order. Where they are many, the leading
+    bits of the order decide most of them."""
+    if np.count_nonzero(tied) > SAMPLE_ROWS:
+        leading = np.zeros(len(tied), np.float32)
+
+        def lead(part: slice) -> None:
+            rows = part.start + np.flatnonzero(tied[part])
+            leading[rows] = order(rows) >> np.uint64(64 - LEADING_BITS)
+
+        on_all_cores(lead, chunks(len(tied)))
+        counts = count_groups(tied, groups, len(wanted))
+        cuts, below, _ = at_rank(leading, groups, tied, counts, wanted - 1, wanted > 0)
+        left = np.where(wanted > 0, wanted - below, 0)
+
+        def decide(part: slice) -> None:
+            cut = of_row(cuts, rows_of(groups, part))
+            found[part] |= tied[part] & (leading[part] < cut)
+            tied[part] &= leading[part] == cut
+
+        on_all_cores(decide, chunks(len(tied)))
+        wanted = left
+    rows = np.flatnonzero(tied)
+    group = np.zeros(len(rows), np.int16) if groups is None else groups[rows]
+    ranked = np.lexsort((order(rows), group))
     sizes = np.bincount(group, minlength=len(wanted))
-    rank = np.arange(len(positions)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return positions[ranked[rank < np.repeat(wanted, sizes)]]
+    rank = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    found[rows[ranked[rank < np.repeat(wanted, sizes)]]] = True

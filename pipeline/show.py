@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, read_json, scan_table, table_parts
+from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, read_json, scan_table, source_codes, table_parts
 from pipeline.images import ImageStore, StoreHeader
-from pipeline.manifest import source_codes
 from pipeline.params import InputError
 
 QUANTILES = (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)

@@ -42,7 +42,8 @@ def fit(task: Task, train_path: Path) -> None:
 def main(train_path: Path, guide_path: Path) -> None:
     params = GuideParams.load()
     if not isinstance(params.guide, TrainedModel):
-        with guarded_publish("guide", params, [train_path], guide_path) as work:
+        imported = [Path(params.guide.path)] if isinstance(params.guide, ImportedModel) else []
+        with guarded_publish("guide", params, [train_path, *imported], guide_path) as work:
             if isinstance(params.guide, ImportedModel):
                 import_model(Path(params.guide.path), work / "best", ImageStore.open(train_path))
             write_json(work / "guide.json", {"kind": params.guide.kind})

@@ -75,6 +75,25 @@ def test_the_import_closure_sees_imports_inside_functions_and_leaves_execution_o
     assert code_deps("a", tmp_path) == ["pipeline/b.py", "pipeline/c/__init__.py", "pipeline/c/d.py", "stages/a.py"]
 
 
+def test_the_import_closure_follows_relative_imports(tmp_path: Path) -> None:
+    files = {
+        "stages/a.py": "import nets.wide.top\n",
+        "nets/__init__.py": "from .blocks import Block\n",
+        "nets/blocks.py": "Block = 1\n",
+        "nets/other.py": "unused = 1\n",
+        "nets/wide/__init__.py": "",
+        "nets/wide/top.py": "from . import side\nfrom .. import deep\nfrom ..deeper import thing\n",
+        "nets/wide/side.py": "side = 1\n",
+        "nets/deep.py": "deep = 1\n",
+        "nets/deeper.py": "thing = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    wanted = set(files) - {"nets/other.py", "nets/wide/__init__.py"}  # the latter says nothing
+    assert set(code_deps("a", tmp_path)) == wanted
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_command_names_only_declared_paths_and_fits_the_main_of_the_stage(stage: str) -> None:
     declared = body(stage)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -92,8 +93,15 @@ def test_a_new_strategy_adds_only_its_own_stages_and_tidy_removes_what_it_leaves
     change(finished, "strategies.random={score: random, keep: 0.5}")
     assert repro(finished) == {"manifest@random", "train@random-0", "evaluate@random-0", "report"}
     change(finished)
+    killed, alive = finished / "data/.real.999999999.tmp", finished / f"data/.margins.{os.getpid()}.tmp"
+    for folder in (killed, alive):
+        (folder / folder.name.replace("data", "train")).mkdir(parents=True)
+    (killed / ".store.json.999999999.tmp").touch()
+    (finished / "data/report/.report.json.999999999.tmp").touch()
     tidied = shell("python -m pipeline tidy", finished)
     assert "removed data/manifests/random" in tidied.stdout
+    assert [path.name for path in (finished / "data").rglob(".*.tmp")] == [alive.name, alive.name]  # it is being written
+    shutil.rmtree(alive)
     assert sorted(path.name for path in (finished / "data/models").iterdir()) == ["none-0", "puma-0"]
     assert repro(finished) == set()
 

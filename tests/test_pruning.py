@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, write_table
 from pipeline.manifest import check_norm, prune
@@ -211,3 +212,8 @@ def test_margins_in_one_norm_set_no_radius_in_another(tmp_path: Path, rule: dict
     check_norm(tmp_path, strategy(eps=rule), "l2")
     with pytest.raises(InputError, match="wanted margins in linf.*got l2") if refused else nullcontext():
         check_norm(tmp_path, strategy(eps=rule), "linf")
+
+
+def test_a_share_without_a_score_is_refused() -> None:
+    with pytest.raises(ValidationError, match="keep: wanted 1 without a score.*got 0.5"):
+        Strategy(keep=0.5)

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline import manifest as manifests
+from pipeline import artifacts, selection
 from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, read_json, read_table, write_table
-from pipeline.manifest import prune
+from pipeline.manifest import prune, write_manifest
 from pipeline.params import InputError
 from pipeline.pruning import Strategy
 from tests.conftest import ROOT
@@ -63,7 +63,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
 
 
 strategies = st.builds(
-    lambda **fields: Strategy.model_validate(fields),
+    lambda **fields: Strategy.model_validate(fields if fields["score"] else fields | {"keep": 1.0}),
     score=st.sampled_from([None, *SCORES]),
     prune=st.sampled_from(["highest", "lowest", "both"]),
     keep=st.floats(0.05, 1.0),
@@ -212,7 +212,8 @@ def test_the_manifest_of_a_table_in_parts_is_that_of_the_whole(
         assume(False)
         raise
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifests, "BATCH_ROWS", chunk)
+        patch.setattr(artifacts, "BATCH_ROWS", chunk)
+        patch.setattr(selection, "CHUNK_ROWS", chunk + 1)
         (margins := Path(folder) / "margins").mkdir()
         edges = sorted({0, len(table), *(cut for cut in cuts if cut < len(table))})
         for index, (start, stop) in enumerate(pairwise(edges)):
@@ -220,7 +221,7 @@ def test_the_manifest_of_a_table_in_parts_is_that_of_the_whole(
             source = pa.array(part["source"].to_pylist()).cast(MARGINS_SCHEMA.field("source").type)  # numbered anew
             part = part.set_column(0, MARGINS_SCHEMA.field("source"), source)
             write_table(margins / f"part-{index:05d}.parquet", part)
-        manifests.write_manifest(Path(folder), margins, strategy, EPS)
+        write_manifest(Path(folder), margins, strategy, EPS)
         found = read_table(Path(folder) / "manifest.parquet", MANIFEST_SCHEMA)
         assert found.to_pylist() == whole.to_pylist()
         assert read_json(Path(folder) / "summary.json") == json.loads(json.dumps(summary))

@@ -47,6 +47,7 @@ def test_extremes_are_those_of_a_full_sort_with_many_ties(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "CHUNK_ROWS", 7)
         patch.setattr(selection, "SAMPLE_ROWS", sample_rows)
+        patch.setattr(selection, "LEADING_BITS", 2)  # so that they leave several rows to be told apart
         patch.setattr(selection, "DEVIATIONS", 0.1)  # too few now and then: what the sample says may be wrong
         is_low, is_high, _ = extremes(values, groups if num_groups > 1 else None, candidates, low, high, seed)
     wanted = sorted_extremes(values, groups, candidates, low, high, seed)

@@ -185,6 +185,8 @@ def test_mixed_images_are_attacked_against_their_mixed_labels(loss: str) -> None
     assert bool((adversarial[[0, 1, 3]] > clean[[0, 1, 3]]).all())
     with pytest.raises(ValidationError, match="cutmix: wanted another loss than mart"):
         recipe(loss="mart", augmentation=AugmentationParams(crop_padding=0, flip=False, cutmix=True).model_dump())
+    with pytest.raises(ValidationError, match="label_smoothing: wanted 0 with the loss mart"):
+        recipe(loss="mart", label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("loss", ["standard", "trades", "pgd_at", "mart"])

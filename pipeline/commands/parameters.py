@@ -65,7 +65,7 @@ def tidy() -> None:
     project.check_params(params, str(PARAMS_FILE))
     leftovers = project.leftovers(params, Path("data"))
     for path in leftovers:
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
         console.print(f"removed {path}")
     if not leftovers:
         console.print("nothing to remove")

@@ -11,13 +11,14 @@ from pipeline.commands.parameters import check, check_quietly
 from pipeline.commands.terminal import console, duration, print_table, size
 from pipeline.execution import parallel
 from pipeline.reporting.headline import TABLE_FOLLOWS, print_headline
+from pipeline.threads import num_cores
 
 REPORT = Path("data/report")
 
 
 def repro(
     targets: Annotated[list[str] | None, typer.Argument(help="Stages, e.g. evaluate@puma-0 or train; none means all.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many stages run at a time.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many stages run at a time.")] = num_cores(),
     force: Annotated[bool, typer.Option("--force", help="Run stages even where nothing changed.")] = False,
 ) -> None:
     """Check params.yaml, then run what is out of date, independent stages side by side; else the same as `dvc repro`.

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.artifacts import digest_file, place, publish, read_json, write_json
@@ -212,6 +211,5 @@ def place_imported(source: Path, target: Path, store: ImageStore, digest: str) -
     fits = (description.get("shape"), len(description.get("classes", [])))
     if wanted != fits:
         raise InputError(f"{source}: wanted a generator of images and number of classes {wanted}, got one of {fits}")
-    load_file(weights)
     place(weights, target / WEIGHTS)
     write_json(target / "generator.json", description | {"classes": list(store.classes)})

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from pipeline.execution.plan import plan
 from pipeline.execution.stage_run import ANEW, StillRunningError
@@ -114,7 +115,8 @@ class Runner:
         with self.starting:
             self.stopping = True
             for child in self.children:
-                os.killpg(child.pid, signal.SIGINT)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.killpg(child.pid, signal.SIGINT)
 
 
 def is_news(line: str) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from pipeline.artifacts import write_json
@@ -96,8 +97,8 @@ def run_task(store: RunStore, name: str, draw: Report | None = None) -> None:
     if first:
         discard(work)
     owner = Owner(work) if first else None
-    output = work / (f"output-{owner.token}" if owner else f"rank-{os.getpid()}")
-    output.mkdir()
+    output = work / f"output-{owner.token}" if owner else Path(mkdtemp(prefix="rank-", dir=work))
+    output.mkdir(exist_ok=True)
     path, every_s = work / "checkpoint.safetensors", settings().checkpoint_s
     checkpoint = OwnedCheckpoint(path, every_s, owner) if owner else Checkpoint(path, every_s)
     call: Callable[..., None] = getattr(importlib.import_module(module), function)
@@ -125,6 +126,8 @@ def discard(work: Path) -> None:
     """Remove what earlier attempts at a task left half done."""
     for path in work.glob("output-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in work.glob(".checkpoint.safetensors.*.tmp"):
+        path.unlink(missing_ok=True)
     (work / "error.json").unlink(missing_ok=True)
 
 

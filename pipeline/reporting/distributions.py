@@ -1,21 +1,18 @@
 """Distributions of margins and eps over data sets that do not fit in memory: Parquet read batch by batch."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES
+from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, SOURCES, scan_table, source_codes, table_parts
 from pipeline.params import InputError
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-BATCH_ROWS = 1 << 20
 SAMPLE_STRIDE = 64  # of the rows that set the range of a histogram, once there are more than SAMPLE_ALL
 SAMPLE_ALL = 1_000_000
 TAIL = 0.001  # share of the margins, at each end, that the end bins take in whatever their distance
@@ -37,34 +34,6 @@ class MarginHistogram:
         return (self.edges[1:] + self.edges[:-1]) / 2
 
 
-def scan(path: Path, schema: pa.Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of the named columns of one Parquet file, or of all parts of a directory in the order of their names.
-
-    Raises:
-        InputError: nothing there, or a file lacks a column.
-    """
-    for part in parts(path):
-        with pq.ParquetFile(part) as file:
-            for name in columns:
-                if name not in file.schema_arrow.names or file.schema_arrow.field(name).type != schema.field(name).type:
-                    raise InputError(f"{part}: wanted {schema.field(name)}, got {file.schema_arrow.names}; run `dvc repro`")
-            yield from file.iter_batches(BATCH_ROWS, columns=list(columns))
-
-
-def parts(path: Path) -> list[Path]:
-    found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not found or not found[0].is_file():
-        raise InputError(f"{path}: wanted Parquet files of an earlier stage, found none; run `dvc repro`")
-    return found
-
-
-def source_codes(batch: pa.RecordBatch) -> NDArray[np.int8]:
-    """Index in `SOURCES` of each row (n,); files may number their sources differently."""
-    column = batch.column("source")
-    table = np.array([SOURCES.index(name) for name in column.dictionary.to_pylist()], dtype=np.int8)
-    return table[column.indices.to_numpy(zero_copy_only=False)]
-
-
 def margin_histogram(path: Path, bins: int, num_classes: int) -> MarginHistogram:
     """Histogram of the margins by source and by label; rows without a margin are counted apart."""
     edges = margin_edges(path, bins)
@@ -72,7 +41,7 @@ def margin_histogram(path: Path, bins: int, num_classes: int) -> MarginHistogram
     by_class = np.zeros((num_classes, len(edges) - 1), np.int64)
     label_edges = np.arange(num_classes + 1) - 0.5
     num_missing = 0
-    for batch in scan(path, MARGINS_SCHEMA, ["source", "label", "margin"]):
+    for batch in scan_table(path, MARGINS_SCHEMA, ["source", "label", "margin"]):
         margin, codes = batch.column("margin").to_numpy(zero_copy_only=False), source_codes(batch)
         label = batch.column("label").to_numpy()
         known = ~np.isnan(margin)
@@ -81,16 +50,16 @@ def margin_histogram(path: Path, bins: int, num_classes: int) -> MarginHistogram
         for code, source in enumerate(SOURCES):
             counts[source] += np.histogram(inside[known & (codes == code)], edges)[0]
         by_class += np.histogram2d(label[known], inside[known], (label_edges, edges))[0].astype(np.int64)
-    metadata = pq.read_schema(parts(path)[0]).metadata or {}
+    metadata = pq.read_schema(table_parts(path, MARGINS_SCHEMA)[0]).metadata or {}
     counts = {source: count for source, count in counts.items() if count.any()}
     return MarginHistogram(edges, counts, by_class, num_missing, metadata.get(b"norm", b"").decode())
 
 
 def margin_edges(path: Path, bins: int) -> Floats:
     """Edges of about bins equal bins, one edge at zero, over all but the outermost `TAIL` of the margins."""
-    num_rows = sum(pq.read_metadata(part).num_rows for part in parts(path))
+    num_rows = sum(pq.read_metadata(part).num_rows for part in table_parts(path, MARGINS_SCHEMA))
     stride = SAMPLE_STRIDE if num_rows > SAMPLE_ALL else 1
-    batches = scan(path, MARGINS_SCHEMA, ["margin"])
+    batches = scan_table(path, MARGINS_SCHEMA, ["margin"])
     sample = np.concatenate([batch.column("margin").to_numpy(zero_copy_only=False)[::stride] for batch in batches])
     sample = sample[~np.isnan(sample)].astype(np.float64)
     low, high = np.quantile(sample, [TAIL, 1 - TAIL]) if len(sample) else (0.0, 0.0)
@@ -103,7 +72,7 @@ def eps_distribution(path: Path, eps: float, bins: int) -> tuple[Floats, Floats]
     """Grid (bins + 1,) from 0 to eps, and the share of the kept samples whose eps is at most that: exact on the grid."""
     width = eps / bins
     counts = np.zeros(bins + 1, np.int64)
-    for batch in scan(path, MANIFEST_SCHEMA, ["eps"]):
+    for batch in scan_table(path, MANIFEST_SCHEMA, ["eps"]):
         values = batch.column("eps").drop_null().to_numpy().astype(np.float64)
         index = np.ceil(values / width - 1e-4)  # eps is float32: the last digits must not lift it over its grid point
         counts += np.bincount(np.clip(index, 0, bins).astype(np.int64), minlength=bins + 1)
@@ -113,7 +82,7 @@ def eps_distribution(path: Path, eps: float, bins: int) -> tuple[Floats, Floats]
 def kept_rows(path: Path, sizes: dict[str, int]) -> dict[str, NDArray[np.bool_]]:
     """Which rows of each store (sizes: source -> rows) a manifest keeps: one byte per row."""
     kept = {source: np.zeros(size, bool) for source, size in sizes.items()}
-    for batch in scan(path, MANIFEST_SCHEMA, ["source", "row", "kept"]):
+    for batch in scan_table(path, MANIFEST_SCHEMA, ["source", "row", "kept"]):
         codes, rows = source_codes(batch), batch.column("row").to_numpy()
         chosen = batch.column("kept").to_numpy(zero_copy_only=False)
         for code, source in enumerate(SOURCES):

@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.artifacts import MARGINS_SCHEMA, SOURCES
+from pipeline.artifacts import MARGINS_SCHEMA, SOURCES, scan_table, source_codes
 from pipeline.images import ImageStore
 from pipeline.params import InputError
-from pipeline.reporting.distributions import scan, source_codes
 from pipeline.reporting.runs import Run
 
 LARGEST_SIDE = 96  # pixels of an embedded picture; larger images are reduced
@@ -62,7 +61,7 @@ def misclassified_samples(margins: Path, count: int) -> Samples:
 def margin_batches(margins: Path) -> Iterator[Samples]:
     """Rows that have a margin."""
     columns = ["row", "label", "predicted", "margin"]
-    for batch in scan(margins, MARGINS_SCHEMA, ["source", *columns]):
+    for batch in scan_table(margins, MARGINS_SCHEMA, ["source", *columns]):
         samples = np.zeros(len(batch), SAMPLE)
         samples["source"] = source_codes(batch)
         for name in columns:

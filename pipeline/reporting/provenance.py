@@ -6,8 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.artifacts import digest_file, read_json
-from pipeline.reporting.distributions import parts
+from pipeline.artifacts import MARGINS_SCHEMA, digest_file, read_json, table_parts
 from pipeline.reporting.inputs import Artifacts
 from pipeline.reporting.runs import Run
 
@@ -46,7 +45,7 @@ def provenance(
         "real test": artifacts.real / "test",
         names["synthetic"]: artifacts.synthetic,
     }
-    metadata = pq.read_schema(parts(artifacts.margins)[0]).metadata or {}
+    metadata = pq.read_schema(table_parts(artifacts.margins, MARGINS_SCHEMA)[0]).metadata or {}
     versions = {name: sorted({run.versions[name] for run in runs}) for name in runs[0].versions}
     return {
         "commands": "\n".join(COMMANDS),

@@ -52,7 +52,8 @@ def classes_of(folders: Iterable[str], params: ClassParams | None) -> tuple[tupl
     elif isinstance(params, ClassList):
         order = list(dict.fromkeys([*params.names, *(line[0] for line in read_lines(params.file, 1))]))
         names = {folder: folder for folder in order}
-        if missing := [name for name in order if name not in folders]:
+        there = set(folders)
+        if missing := [name for name in order if name not in there]:
             raise InputError(f"classes: wanted folders for {len(order)} classes, found none for {', '.join(missing[:5])}")
     elif isinstance(params, ClassFile):
         names = dict(read_lines(params.file, 2))

@@ -102,7 +102,7 @@ class Source:
     """An opened source. `shape` is (H, W, C); `origin` is kept in store.json and names neither time nor host.
 
     Raises:
-        InputError: a split has no image.
+        InputError: a split has no image, or there are more classes than a margin table can tell apart.
     """
 
     classes: tuple[str, ...]
@@ -111,6 +111,10 @@ class Source:
     splits: dict[SplitName, Split]
 
     def __post_init__(self) -> None:
+        if len(self.classes) > MAX_CLASSES:
+            raise InputError(
+                f"{self.origin['kind']}: wanted at most {MAX_CLASSES} classes, got {len(self.classes)}; choose some by classes"
+            )
         for name, split in self.splits.items():
             if not len(split.labels):
                 raise InputError(f"{self.origin['kind']}: wanted at least one {name} image, got none")

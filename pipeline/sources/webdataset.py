@@ -89,12 +89,13 @@ def open_webdataset(params: WebDatasetParams) -> Source:
 def list_samples(files: list[Path], params: WebDatasetParams) -> Listing:
     """The image and the label of every sample."""
     groups, labels = [], []
+    numbers = {name: number for number, name in enumerate(params.classes or ())}
     for file in files:
         images: list[Member] = []
         for sample, parts in samples(file):
             image, label = choose(f"{file}: sample {sample!r}", parts, params)
             images.append(image)
-            labels.append(read_label(f"{file}: sample {sample!r}", label, params))
+            labels.append(read_label(f"{file}: sample {sample!r}", label, params, numbers))
         groups.append(Images.in_tar(file, images))
     return Listing(tuple(groups), np.array(labels, np.int64))
 
@@ -127,8 +128,8 @@ def choose(where: str, parts: dict[str, Member], params: WebDatasetParams) -> tu
     return parts[endings[0]], parts[params.label_key][1]
 
 
-def read_label(where: str, span: Span, params: WebDatasetParams) -> int:
-    """The label of a sample as a number."""
+def read_label(where: str, span: Span, params: WebDatasetParams, numbers: dict[str, int]) -> int:
+    """The label of a sample as a number, or by its name in numbers."""
     if span.size > MAX_LABEL_BYTES:
         raise InputError(f"{where}: wanted a label of at most {MAX_LABEL_BYTES} bytes, got {span.size}")
     with span.file.open("rb") as file:
@@ -139,9 +140,7 @@ def read_label(where: str, span: Span, params: WebDatasetParams) -> int:
         value = content.decode().strip()
         if params.label_field is not None:
             value = json.loads(value)[params.label_field]
-        if params.classes and str(value) in params.classes:
-            return params.classes.index(str(value))
-        return int(value)
+        return numbers[str(value)] if str(value) in numbers else int(value)
     except (ValueError, KeyError, TypeError, RecursionError):
         wanted = f"a JSON object with {params.label_field!r}" if params.label_field else "an integer or one of the classes"
         raise InputError(f"{where}: .{params.label_key}: wanted {wanted}, got {str(value)[:80]!r}") from None

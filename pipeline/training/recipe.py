@@ -47,4 +47,6 @@ class TrainingParams(Section):
     def _mart_has_one_label(self) -> Self:
         if self.augmentation.cutmix and self.loss == "mart":
             raise ValueError("cutmix: wanted another loss than mart, whose terms are of one label per image")
+        if self.label_smoothing and self.loss == "mart":
+            raise ValueError(f"label_smoothing: wanted 0 with the loss mart, which has none, got {self.label_smoothing}")
         return self

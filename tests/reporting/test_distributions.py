@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, write_table
+from pipeline import artifacts
+from pipeline.artifacts import MANIFEST_SCHEMA, MARGINS_SCHEMA, scan_table, source_codes, write_table
 from pipeline.params import InputError
-from pipeline.reporting import distributions
-from pipeline.reporting.distributions import eps_distribution, kept_rows, margin_histogram, scan, source_codes
+from pipeline.reporting.distributions import eps_distribution, kept_rows, margin_histogram
 from tests.reporting.artifacts import EPS, Sizes, draw_margins, write_margins
 
 SIZES = Sizes()
@@ -20,7 +20,7 @@ SIZES = Sizes()
 def test_histogram_totals_match_the_rows_whatever_the_batches(
     made: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
-    monkeypatch.setattr(distributions, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(artifacts, "BATCH_ROWS", batch_rows)
     found = margin_histogram(made / "margins", 12, 3)
     margins = draw_margins(SIZES)
     assert found.norm == "linf"
@@ -111,4 +111,4 @@ def test_missing_parts_and_columns_are_input_errors(tmp_path: Path) -> None:
         margin_histogram(tmp_path / "margins", 5, 3)
     pq.write_table(pa.table({"row": [1.5]}), tmp_path / "m.parquet")
     with pytest.raises(InputError, match="wanted"):
-        list(scan(tmp_path / "m.parquet", MARGINS_SCHEMA, ["row"]))
+        list(scan_table(tmp_path / "m.parquet", MARGINS_SCHEMA, ["row"]))

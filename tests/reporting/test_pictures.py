@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import artifacts
 from pipeline.artifacts import SOURCES
 from pipeline.image_writing import write_store
 from pipeline.images import ImageStore
 from pipeline.params import InputError
-from pipeline.reporting import distributions
 from pipeline.reporting.distributions import kept_rows
 from pipeline.reporting.pictures import (
     LARGEST_SIDE,
@@ -36,7 +36,7 @@ def decode(uri: str) -> Image.Image:
 def test_extremes_are_the_ends_of_the_sorted_margins_whatever_the_batches(
     made: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
 ) -> None:
-    monkeypatch.setattr(distributions, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(artifacts, "BATCH_ROWS", batch_rows)
     sizes = {source: SIZES.of(source) for source in SOURCES}
     kept = kept_rows(made / "manifests" / "puma" / "manifest.parquet", sizes)
     pruned, low = extreme_samples(made / "margins", 6, kept)

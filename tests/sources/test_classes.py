@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
 from pipeline.params import InputError
 from pipeline.sources.classes import ClassParams, classes_of
+from pipeline.sources.source import Source, array_split
 
 # As in WordNet: more than one parent, paths of different lengths, folders at inner nodes.
 TREE = """
@@ -93,3 +95,9 @@ def test_a_choice_that_cannot_be_made_says_why(
     with pytest.raises(InputError) as error:
         classes(**params)
     assert message in str(error.value)
+
+
+def test_more_named_classes_than_a_margin_table_can_tell_apart_are_refused() -> None:
+    split = array_split(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 40_000]))
+    with pytest.raises(InputError, match="wanted at most 32767 classes, got 40001"):
+        Source(tuple(map(str, range(40_001))), (8, 8, 1), {"kind": "imagefolder"}, {"train": split, "test": split})
