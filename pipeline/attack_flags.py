@@ -18,20 +18,16 @@ PROBABILITY = 1e-5
 SQUARE_GAIN = 0.002
 
 
-def row_flags(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> dict[str, NDArray[np.bool_]]:
-    """Column -> (N,), for images x (N, C, H, W) with labels y (N,): does the output change from call to call, is it a
+def row_flags(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, NDArray[np.bool_]]:
+    """Column -> (B,), for images x (B, C, H, W) with labels y (B,): does the output change from call to call, is it a
     probability distribution, is the gradient of the logit margin (which, unlike cross-entropy, cannot vanish by being
     right with certainty) zero."""
-    found: dict[str, list[Tensor]] = {name: [] for name in FLAGS}
-    for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        with torch.no_grad():
-            logits = torch.stack([model(x_batch) for _ in range(NUM_CALLS)])
-        found["random_output"].append(is_random(logits, y_batch).cpu())
-        found["probability_output"].append(is_probability(logits[0]).cpu())
-        z = x_batch.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(cw_margin(model(z), y_batch).sum(), z)
-        found["zero_gradient"].append((grad.flatten(1).abs().sum(dim=1) == 0).cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+    with torch.no_grad():
+        logits = torch.stack([model(x) for _ in range(NUM_CALLS)])
+    z = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(cw_margin(model(z), y).sum(), z)
+    found = (is_random(logits, y), is_probability(logits[0]), grad.flatten(1).abs().sum(dim=1) == 0)
+    return {name: flag.cpu().numpy() for name, flag in zip(FLAGS, found, strict=True)}
 
 
 def is_random(logits: Tensor, y: Tensor) -> Tensor:

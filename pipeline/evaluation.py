@@ -138,11 +138,8 @@ def evaluate(
             "predicted": predicted.cpu().numpy().astype(np.int16),
             "clean": (predicted == y).cpu().numpy(),
         }
-        columns |= row_flags(model, x, y, batch_size)
-        alone = partial(
-            reference_outcomes, x=x, y=y, attacks=reference_attacks, rows=rows, threat=threat, seed=seed,
-            batch_size=batch_size,
-        )  # fmt: skip
+        columns |= row_flags(model, x, y)
+        alone = partial(reference_outcomes, x=x, y=y, attacks=reference_attacks, rows=rows, threat=threat, seed=seed)
         columns |= alone(model)
         columns[f"{OTHER}clean"] = (predict(other, x) == y).cpu().numpy()
         columns |= {f"{OTHER}{name}": outcome for name, outcome in alone(other).items()}

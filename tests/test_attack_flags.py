@@ -67,7 +67,7 @@ MODELS = {
 )
 def test_the_flags_are_those_of_the_package(name: str, random: bool, probability: bool, zero: bool) -> None:
     model = MODELS[name].eval()
-    samples = pa.table(row_flags(model, X, Y, batch_size=7))
+    samples = pa.table(row_flags(model, X, Y))
     found = summarise_flags(samples, {"apgd-ce": 0.5})
     logs = [Warned() for _ in range(3)]
     checks.check_randomized(model, X, Y, bs=20, logger=logs[0])
@@ -82,7 +82,7 @@ def test_the_flags_are_those_of_the_package(name: str, random: bool, probability
 
 
 def test_a_model_that_is_certain_is_not_taken_for_one_without_gradients() -> None:
-    flags = row_flags(Model(after=lambda z: 1e6 * z), X, Y, batch_size=20)
+    flags = row_flags(Model(after=lambda z: 1e6 * z), X, Y)
     assert not flags["zero_gradient"].any()
 
 
@@ -90,7 +90,7 @@ def test_only_the_rows_without_a_gradient_are_counted() -> None:
     x = X.clone()
     x[5:] = x[5:].clamp(0.31, 0.34)
     x[:5] = 0.9
-    flags = row_flags(MODELS["clipped"], x, Y, batch_size=20)
+    flags = row_flags(MODELS["clipped"], x, Y)
     assert flags["zero_gradient"].tolist() == [True] * 5 + [False] * 15
     assert summarise_flags(pa.table(flags), {})["zero_gradients"] == 5
 
@@ -106,4 +106,4 @@ def test_square_is_stronger_where_the_package_says_so(square: float) -> None:
 def test_square_alone_or_not_run_is_not_judged() -> None:
     assert square_is_stronger({"square": 0.5}) is None
     assert square_is_stronger({"apgd-ce": 0.5}) is None
-    assert summarise_flags(pa.table(row_flags(Model(), X, Y, 20)), {})["square_stronger"] is None
+    assert summarise_flags(pa.table(row_flags(Model(), X, Y)), {})["square_stronger"] is None

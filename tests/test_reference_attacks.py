@@ -44,7 +44,7 @@ def test_every_attack_breaks_exactly_what_can_be_broken_of_a_linear_model(
     y = (signed > 0).long()
     y[:20] = 1 - y[:20]  # wrong before any attack
     expected = (signed.abs() > threat.eps * model.w.norm(p=dual)).numpy() & (np.arange(len(x)) >= 20)
-    found = reference_outcomes(model, x, y, [attack], rows=ROWS, threat=threat, seed=0, batch_size=64)[attack]
+    found = reference_outcomes(model, x, y, [attack], rows=ROWS, threat=threat, seed=0)[attack]
     assert np.array_equal(found, expected)
     assert 20 < expected.sum() < 160
 
@@ -63,16 +63,16 @@ def test_adversarial_images_stay_in_the_ball_and_in_the_box(norm: NormName, atta
 def test_saturated_logits_stop_the_cross_entropy_and_not_the_logit_margin() -> None:
     model, x, threat = Linear(scale=1e5), images(), ThreatParams(norm="linf", eps_255=80.0)
     y = (x.flatten(1) @ model.w > model.b).long()
-    found = reference_outcomes(model, x, y, ["pgd-20-ce", "pgd-20-cw"], rows=ROWS, threat=threat, seed=0, batch_size=200)
+    found = reference_outcomes(model, x, y, ["pgd-20-ce", "pgd-20-cw"], rows=ROWS, threat=threat, seed=0)
     assert found["pgd-20-cw"].mean() < 0.1 < 0.3 < found["pgd-20-ce"].mean()
 
 
 def test_neither_shards_nor_batches_change_an_outcome_and_the_seed_changes_the_start() -> None:
     model, x, threat = Linear(), images(), ThreatParams(norm="linf", eps_255=10.0)
     y = (x.flatten(1) @ model.w > model.b).long()
-    whole = reference_outcomes(model, x, y, ATTACKS, rows=ROWS, threat=threat, seed=3, batch_size=200)
+    whole = reference_outcomes(model, x, y, ATTACKS, rows=ROWS, threat=threat, seed=3)
     parts = [
-        reference_outcomes(model, x[part], y[part], ATTACKS, rows=ROWS[part], threat=threat, seed=3, batch_size=7)
+        reference_outcomes(model, x[part], y[part], ATTACKS, rows=ROWS[part], threat=threat, seed=3)
         for part in (slice(0, 90), slice(90, 200))
     ]
     for attack in ATTACKS:
@@ -88,4 +88,4 @@ def test_no_attack_asked_for_is_no_work_and_no_column() -> None:
     x = images()
     labels = torch.zeros(200, dtype=torch.int64)
     threat = ThreatParams(norm="l2", eps_255=1.0)
-    assert reference_outcomes(Linear(), x, labels, [], rows=ROWS, threat=threat, seed=0, batch_size=8) == {}
+    assert reference_outcomes(Linear(), x, labels, [], rows=ROWS, threat=threat, seed=0) == {}

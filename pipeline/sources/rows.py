@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.hashing import mix
+from pipeline.hashing import shuffled
 from pipeline.images import Labels
 
 Rows = NDArray[np.int64]  # (n,)
@@ -13,19 +13,9 @@ PIECE = 2**20
 
 
 def permuted(positions: Rows, count: int, seed: int) -> Rows:
-    """Rows (B,) that a seeded permutation of range(count) puts at the given positions (B,).
-
-    A Feistel network over the smallest 4**half >= count, walked until it falls into range(count) (Black & Rogaway 2002,
-    Ciphers with Arbitrary Finite Domains): no array of length count exists, and any part of the order stands alone.
-    """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    keys = np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64).astype(np.uint64)
-    rows = feistel(positions.astype(np.uint64), half, keys)
-    outside = np.flatnonzero(rows >= count)
-    while len(outside):
-        rows[outside] = feistel(rows[outside], half, keys)
-        outside = outside[rows[outside] >= count]
-    return rows.astype(np.int64)
+    """Rows (B,) that a seeded permutation of range(count) puts at the given positions (B,): any part of the order stands
+    alone."""
+    return shuffled(positions, count, np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64).astype(np.uint64))
 
 
 def permutation(num_rows: int, count: int, seed: int) -> Rows:
@@ -35,15 +25,6 @@ def permutation(num_rows: int, count: int, seed: int) -> Rows:
         positions = np.arange(first, min(first + PIECE, num_rows))
         rows[positions[0] : positions[-1] + 1] = permuted(positions, count, seed)
     return rows
-
-
-def feistel(numbers: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of [0, 4**half) onto itself, applied to numbers (B,)."""
-    shift, mask = np.uint64(half), np.uint64(2**half - 1)
-    left, right = numbers >> shift, numbers & mask
-    for key in keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
-    return (left << shift) | right
 
 
 def stratified(labels: Labels, num_rows: int, seed: int) -> Rows:

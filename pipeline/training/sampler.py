@@ -4,7 +4,7 @@ grow with the number of rows."""
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.hashing import mix
+from pipeline.hashing import shuffled
 from pipeline.params import InputError
 from pipeline.randomness import numpy_stream
 
@@ -36,17 +36,5 @@ def draw(num_real: int, num_synthetic: int, step: int, *, batch_size: int, synth
 
 
 def permuted(turns: Places, count: int, generator: np.random.Generator) -> Places:
-    """What stands at the turns (n,) of a random order of 0 ... count - 1 that generator draws: a Feistel network on the even
-    number of bits that count needs (Luby & Rackoff 1988), followed until it leads below count (Black & Rogaway 2002)."""
-    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = generator.integers(0, 2**64, ROUNDS, np.uint64)
-    found = turns.astype(np.uint64)
-    todo = np.ones(len(found), bool)
-    while todo.any():
-        left, right = found[todo] >> half, found[todo] & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & mask)
-        found[todo] = (left << half) | right
-        todo = found >= count
-    return found.astype(np.int64)
+    """What stands at the turns (n,) of a random order of 0 ... count - 1 that generator draws."""
+    return shuffled(turns, count, generator.integers(0, 2**64, ROUNDS, np.uint64))
