@@ -63,8 +63,47 @@ def check_params(params: dict[str, Any], origin: str) -> None:
     if unknown := sorted(set(params) - known):
         problems.append(f"no stage reads {', '.join(unknown)}, known sections are {', '.join(sorted(known))}")
     problems += problems_of_models(sections, image_shape(params))
+    problems = problems or [*conflicts(params), *problems_of_overrides(sections)]
     if problems:
         raise InputError(f"{origin}: {'; '.join(problems)}")
+
+
+def conflicts(params: dict[str, Any]) -> list[str]:
+    """What sections that are valid by themselves cannot do together."""
+    from pipeline.pruning import Strategy
+
+    problems = []
+    margins, norm = params["margins"], params["threat"]["norm"]
+    for name, given in params["strategies"].items():
+        strategy = Strategy.model_validate(given)
+        if strategy.score == "grand" and not margins.get("grand", False):
+            problems.append(f"strategies.{name}.score: grand wants margins.grand: true")
+        if strategy.eps.compares_norms and margins.get("norm") not in (None, norm):
+            problems.append(
+                f"strategies.{name}.eps: the rule {strategy.eps.rule} wants margins in {norm}, the norm of the threat, but "
+                f"margins.norm is {margins['norm']}; use the rule rank or constant"
+            )
+    synthesize = params["synthesize"]
+    if synthesize["source"]["kind"] == "edm" and params["generator"]["kind"] == "none":
+        problems.append("synthesize.source.kind: edm wants a generator, but generator.kind is none")
+    if synthesize.get("select", {"kind": "none"})["kind"] != "none" and params["guide"]["kind"] == "none":
+        problems.append("synthesize.select: wants a guide, but guide.kind is none")
+    return problems
+
+
+def problems_of_overrides(sections: Iterable[BaseModel]) -> list[str]:
+    """What is wrong with execution.stages."""
+    problems = []
+    for section in (section.execution for section in sections if isinstance(section, ExecutionParams)):
+        for stage in section.stages:
+            if stage not in stage_names():
+                problems.append(f"execution.stages.{stage}: no such stage; there are {', '.join(stage_names())}")
+                continue
+            try:
+                section.of_stage(stage)
+            except InputError as error:
+                problems.append(str(error))
+    return problems
 
 
 def problems_of_models(sections: Iterable[BaseModel], shape: tuple[int, int, int] | None) -> list[str]:

@@ -127,9 +127,12 @@ def sheet(path: Path, data: Path, *, per_group: int, max_classes: int) -> Image.
     places = {"real": data / "real" / "train", "synthetic": data / "synthetic"}
     source = next((name for name, place in places.items() if path.resolve() == place.resolve()), None)
     is_store = (path / "store.json").is_file()
-    if is_store and (source is None or not list((data / "margins").glob("part-*.parquet"))):
+    measured = list((data / "margins").glob("part-*.parquet"))
+    if is_store and (source is None or not measured):
         return draw(store_rows(ImageStore.open(path), per_group, max_classes), ["first images"])
     stores = {name: ImageStore.open(place) for name, place in places.items()}
+    if is_store and sum(map(len, stores.values())) != sum(pq.read_metadata(part).num_rows for part in measured):
+        return draw(store_rows(ImageStore.open(path), per_group, max_classes), ["first images (the margins are of others)"])
     if is_store:
         part = np.repeat([name == source for name in stores], [len(store) for store in stores.values()])
         return draw(margin_rows(data / "margins", part, stores, per_group, max_classes), TITLES)

@@ -77,7 +77,10 @@ def verify(path: Annotated[Path, typer.Argument(help="An image store, or a folde
     for problem in problems:
         console.print(problem, markup=False)
     if problems:
-        raise InputError(f"{path}: {len(problems)} problems in {len(stores)} stores; make them again with `dvc repro -f`")
+        raise InputError(
+            f"{path}: {len(problems)} problems in {len(stores)} stores; `dvc checkout` restores what is in the cache, "
+            "`dvc repro -f` makes it again"
+        )
     console.print(f"{path}: {len(stores)} stores, every byte as it was written")
 
 
@@ -98,5 +101,9 @@ def show(
         console.print(line, markup=False)
     parts = path.parts[len(data.parts) :] if path.is_relative_to(data) else path.parts[-1:]
     file = sheet or Path(f"sheet-{'-'.join(parts)}.png")
-    shown.sheet(path, data, per_group=count, max_classes=max_classes).save(file)
+    picture = shown.sheet(path, data, per_group=count, max_classes=max_classes)
+    try:
+        picture.save(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--sheet: wanted a picture in a folder that exists, such as x.png, got {file} ({error})") from None
     console.print(f"contact sheet: {file}", markup=False)

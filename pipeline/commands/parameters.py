@@ -8,6 +8,7 @@ import typer
 
 from pipeline import project, recipes
 from pipeline.commands.terminal import console
+from pipeline.execution.settings import settings
 from pipeline.params import PARAMS_FILE, InputError
 
 
@@ -27,7 +28,7 @@ def recipe(
         return
     text = recipes.read(name, assignments or [])
     project.check_params(recipes.parse(text), f"recipe {name}")
-    before = PARAMS_FILE.read_text() if PARAMS_FILE.is_file() else ""
+    before = PARAMS_FILE.read_text("utf-8", "replace") if PARAMS_FILE.is_file() else ""
     for line in recipes.difference(before, text):
         style = {"+": "green", "-": "red"}.get(line[:1], "")
         console.print(line, style=style, markup=False)
@@ -45,6 +46,7 @@ def check_quietly() -> None:
     params = recipes.parse(recipes.text_of(PARAMS_FILE))
     project.check_params(params, str(PARAMS_FILE))
     project.check_own_modules(params)
+    settings()  # those of this machine too
 
 
 def deps(write: Annotated[bool, typer.Option("--write", help="Correct dvc.yaml in place.")] = False) -> None:

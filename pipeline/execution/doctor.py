@@ -68,7 +68,8 @@ def slurm(chosen: ExecutionSection | None) -> Finding:
     stages = [chosen, *map(chosen.of_stage, chosen.stages)] if chosen else []
     wanted = any(stage.backend == "slurm" for stage in stages)
     if shutil.which("sbatch") is None:
-        advice = "execution.backend is slurm: set it to auto or local, or install SLURM's client programs"
+        advice = "install SLURM's client programs"
+        advice = f"execution.backend is slurm: set it to auto or local, or {advice}" if wanted else f"for a cluster, {advice}"
         return Finding("SLURM", False if wanted else None, "no sbatch: stages run on this machine", advice)
     if not wanted and not belongs_to_a_cluster():
         return Finding("SLURM", None, "installed, but it knows no cluster: stages run on this machine")

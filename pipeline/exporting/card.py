@@ -24,7 +24,7 @@ USES = {
     ),
     "robustbench": (
         "import torch",
-        'state_dict = torch.load("models/...", weights_only=True)  # for DMWideResNet as in issue.md',
+        'state_dict = torch.load("models/...", weights_only=True)  # for the class that issue.md names',
     ),
 }
 
@@ -34,7 +34,7 @@ def card(record: Record, kind: str, files: Iterable[tuple[str, Path]], licence: 
     sections = [
         ["---", f"license: {licence or 'unknown'}", "tags: [adversarial-robustness, image-classification]", "---"],
         [f"# {record.name}: {record.model['architecture']}", "", *what(record, licence)],
-        ["## Use", "", "```python", *USES[kind], "```", "", *interface(record)],
+        ["## Use", "", "```python", *USES[kind], "```", "", *interface(record, kind)],
         ["## Data", "", *data(record)],
         ["## Threat and training", "", *training(record)],
         ["## Results", "", *results(record)],
@@ -59,13 +59,13 @@ def num_weights(record: Record) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
-def interface(record: Record) -> list[str]:
+def interface(record: Record, kind: str) -> list[str]:
     height, width, channels = record.model["shape"]
-    normalisation = record.model["normalisation"]
+    normalisation, where = record.model["normalisation"], "class of issue.md" if kind == "robustbench" else "model"
     return [
-        f"Images are float32 (batch, {channels}, {height}, {width}) in [0, 1]. They are normalised inside the model (the "
-        f"weights of RobustBench: inside its class), mean {rounded(normalisation['mean'])} and standard deviation "
-        f"{rounded(normalisation['std'])}. Logits are in the order of the classes: {', '.join(record.model['classes'])}.",
+        f"Images are float32 (batch, {channels}, {height}, {width}) in [0, 1]. They are normalised inside the {where}, mean "
+        f"{rounded(normalisation['mean'])} and standard deviation {rounded(normalisation['std'])}. Logits are in the order of "
+        f"the classes: {', '.join(record.model['classes'])}.",
     ]
 
 

@@ -87,7 +87,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         if (run.num_examples, run.norm, run.eps) != (first.num_examples, first.norm, first.eps):
             raise InputError(
                 f"evaluation {run.name}: {run.num_examples} examples in {run.norm} of {run.eps}, but {first.name} has "
-                f"{first.num_examples} in {first.norm} of {first.eps}; run `dvc repro`"
+                f"{first.num_examples} in {first.norm} of {first.eps}; run `dvc repro`, or compare revisions of one threat"
             )
 
 

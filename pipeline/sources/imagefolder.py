@@ -41,6 +41,8 @@ def open_imagefolder(params: ImageFolderParams) -> Source:
     Raises:
         InputError: a folder is missing or empty, a tar is damaged, or the test has a class that train has not.
     """
+    if params.train == params.test:
+        raise InputError(f"{params.root / params.train}: is in train and in test; wanted a test apart from it")
     tree = open_tree(params.root, params.train)
     if not tree.folders():
         raise InputError(f"{tree.where}: wanted one folder of images per class, got a folder without folders")

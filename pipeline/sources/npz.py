@@ -184,6 +184,11 @@ def check_pair(images: Member, labels: Member) -> None:
         raise InputError(f"{images.file}: {images.key!r}: wanted uint8 (n, H, W, C), got {images.dtype} {images.shape}")
     if 0 in images.shape[1:]:
         raise InputError(f"{images.file}: {images.key!r}: wanted sides and channels of 1 or more, got {images.shape}")
+    if len(images.shape) == 4 and images.shape[3] not in (1, 3):
+        raise InputError(
+            f"{images.file}: {images.key!r}: wanted 1 or 3 channels, last, got {images.shape}; transpose (n, C, H, W) to "
+            "(n, H, W, C), and leave out alpha"
+        )
     if labels.dtype.kind not in "iu" or len(labels.shape) != 1:
         raise InputError(f"{labels.file}: {labels.key!r}: wanted integers (n,), got {labels.dtype} {labels.shape}")
     if images.shape[0] != labels.shape[0]:

@@ -142,9 +142,11 @@ def huggingface_names(file: Path, column: str) -> tuple[str, ...] | None:
     """Class names that the `datasets` library wrote into the schema, or None."""
     with reading(file) as parquet:
         metadata = parquet.schema_arrow.metadata or {}
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get(column, {}).get("names")
-    return tuple(names) if names else None
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
 
 
 def find_column(file: Path, schema: pa.Schema, column: str) -> pa.Field:
