@@ -1,4 +1,4 @@
-"""Margins nearer to the truth than DeepFool's: from the boundary, back towards the image along the tangent plane."""
+"""Margins nearer to the truth than DeepFool's: from the boundary, back towards the image along planes near it."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,9 +14,11 @@ from pipeline.losses import cw_margin
 from pipeline.params import Section
 from pipeline.segments import Segment, narrow
 
+BACKWARD = 0.9  # of the way from the image to the boundary, as in FAB: planes on it lead to the same point again
+
 
 class TightParams(Section):
-    """`num_steps` tangent planes after DeepFool, each followed by `search_steps` forward passes along a segment."""
+    """`num_steps` planes after DeepFool, each followed by `search_steps` forward passes along a segment."""
 
     num_steps: PositiveInt = 5
     search_steps: PositiveInt = 3
@@ -37,10 +39,11 @@ def tight(
     `x_adv` is across the boundary up to rounding, so that its distance is an upper bound of the true margin; `margin` ends
     where the gap is zero on the last segment.
 
-    From the point that DeepFool finds, repeat: linearise the model on the boundary, project the image itself onto that
-    tangent plane inside the box, and find the boundary between the projection and the image (where the projection is
-    across) or the last point across. The idea of SuperDeepFool (Abdollahpour et al., arXiv:2303.12481), whose projection
-    is for L2 without a box, and of FAB (Croce & Hein, arXiv:1907.02044, eq. 7), which also projects for other norms."""
+    From the point that DeepFool finds, repeat: linearise the model a little on the image's side of the boundary, project the
+    image itself onto that plane inside the box, and find the boundary between the projection and the image (where the
+    projection is across) or the last point across. The idea of SuperDeepFool (Abdollahpour et al., arXiv:2303.12481), whose
+    projection is for L2 without a box, and of FAB (Croce & Hein, arXiv:1907.02044, eq. 7 and its backward step), which also
+    projects for other norms."""
     own = {"first_candidates": None, "candidates": 3, "refine_steps": None}
     start = deepfool(model, x, y, ball=ball, box=box, **{**settings, **own})
     rows = start.converged.nonzero().squeeze(1)
@@ -50,8 +53,9 @@ def tight(
     found = narrow(model, Segment(image, gap_image, across, gap_at(model, across, labels)), labels, search_steps)
     best, length = found.there, ball.norm(found.root() - image)
     for _ in range(num_steps if len(rows) else 0):
-        plane = nearest_hyperplane(model, found.there, labels, ball, candidates=1, scale=None)
-        gap = plane.gap + (plane.grad * (image - found.there)).flatten(1).sum(dim=1)  # of the tangent plane, at the image
+        z = torch.lerp(image, found.there, BACKWARD)
+        plane = nearest_hyperplane(model, z, labels, ball, candidates=1, scale=None)
+        gap = plane.gap + (plane.grad * (image - z)).flatten(1).sum(dim=1)  # of the plane, at the image
         step = step_in_box(gap, plane.grad, image, ball) if box else step_onto(gap, plane.grad, ball)
         projected = image + step
         gap_projected = gap_at(model, projected, labels)
