@@ -288,3 +288,24 @@ def test_execution_alone_imports_submitit() -> None:
     users = {path for path in ROOT.glob("[ps]*/**/*.py") if re.search(r"^\s*(from|import) submitit", path.read_text(), re.M)}
     assert users
     assert {path.parent for path in users} == {ROOT / "pipeline/execution"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("strategies.puma.score=grand", None),  # margins.grand is true by default
+        ("margins.norm=l2", "strategies.puma.eps: the rule margin wants margins in linf"),
+        ("generator={kind: none}", "synthesize.source.kind: edm wants a generator"),
+        ("synthesize.select={kind: class_agreement}", "synthesize.select: wants a guide"),
+        ("execution.stages={trainn: {}}", "execution.stages.trainn: no such stage"),
+        ("execution.stages={train: {timeout_mins: 5}}", "timeout_mins"),
+    ],
+)
+def test_what_sections_cannot_do_together_is_found_before_anything_runs(change: str, message: str | None) -> None:
+    params = recipes.parse(recipes.read("digits", [change]))
+    if message is None:
+        project.check_params(params, "params.yaml")
+        params["margins"]["grand"] = False
+        message = "strategies.puma.score: grand wants margins.grand"
+    with pytest.raises(InputError, match=message):
+        project.check_params(params, "params.yaml")

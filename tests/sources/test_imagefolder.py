@@ -242,3 +242,8 @@ def test_a_bad_folder_is_named(tmp_path: Path, damage: Callable[[Path], None], t
         list(open_params(kind="imagefolder", root=tmp_path, test=test, test_fraction=0.1).splits["train"]())
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+def test_one_folder_for_both_splits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is in train and in test"):
+        open_params(kind="imagefolder", root=tmp_path, train="all", test="all")

@@ -176,6 +176,10 @@ BAD = {
         {"image": npy(IMAGES[..., :0]), "label": npy(LABELS)},
         "wanted sides and channels of 1 or more, got (10, 4",
     ),
+    "channels first": (
+        {"image": npy(IMAGES.transpose(0, 3, 1, 2)[..., :2]), "label": npy(LABELS)},
+        "wanted 1 or 3 channels, last, got (10, 3, 4, 2)",
+    ),
     "newer version": ({"image": b"\x93NUMPY\x09\x00", "label": npy(LABELS)}, "wanted .npy version 1.0 or 2.0, got (9, 0)"),
 }
 
