@@ -21,8 +21,7 @@ from pipeline.artifacts import (
     table_parts,
     write_json,
 )
-from pipeline.params import InputError
-from pipeline.pruning import KEPT, Mask, Read, Strategy, choose, eps_function, load_columns, numbered, reasons
+from pipeline.pruning import KEPT, Mask, Read, Strategy, check_norms, choose, eps_function, load_columns, numbered, reasons
 from pipeline.selection import chunks
 from pipeline.threads import on_all_cores, one_behind
 from pipeline.threat import NormName
@@ -69,11 +68,7 @@ def check_norm(margins: Path, strategy: Strategy, norm: NormName) -> None:
         InputError: the rule does, or there is no margin table.
     """
     found = (pq.read_schema(table_parts(margins, MARGINS_SCHEMA)[0]).metadata or {}).get(b"norm", norm.encode()).decode()
-    if found != norm and strategy.eps.compares_norms:
-        raise InputError(
-            f"eps rule {strategy.eps.rule}: wanted margins in {norm}, the norm of the threat, to compare with its radius, got "
-            f"{found}; use the rule rank or constant, or set margins.norm to null"
-        )
+    check_norms(strategy, found, norm)
 
 
 def prune(margins: pa.Table, strategy: Strategy, eps: float) -> tuple[pa.Table, dict[str, Any]]:

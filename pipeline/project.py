@@ -70,7 +70,7 @@ def check_params(params: dict[str, Any], origin: str) -> None:
 
 def conflicts(params: dict[str, Any]) -> list[str]:
     """What sections that are valid by themselves cannot do together."""
-    from pipeline.pruning import Strategy
+    from pipeline.pruning import Strategy, check_norms
 
     problems = []
     margins, norm = params["margins"], params["threat"]["norm"]
@@ -78,11 +78,10 @@ def conflicts(params: dict[str, Any]) -> list[str]:
         strategy = Strategy.model_validate(given)
         if strategy.score == "grand" and not margins.get("grand", False):
             problems.append(f"strategies.{name}.score: grand wants margins.grand: true")
-        if strategy.eps.compares_norms and margins.get("norm") not in (None, norm):
-            problems.append(
-                f"strategies.{name}.eps: the rule {strategy.eps.rule} wants margins in {norm}, the norm of the threat, but "
-                f"margins.norm is {margins['norm']}; use the rule rank or constant"
-            )
+        try:
+            check_norms(strategy, margins.get("norm") or norm, norm)
+        except InputError as error:
+            problems.append(f"strategies.{name}: {error}")
     synthesize = params["synthesize"]
     if synthesize["source"]["kind"] == "edm" and params["generator"]["kind"] == "none":
         problems.append("synthesize.source.kind: edm wants a generator, but generator.kind is none")
@@ -191,6 +190,6 @@ def leftovers(params: dict[str, Any], data: Path) -> list[Path]:
 
 
 def is_being_written(path: Path) -> bool:
-    """Whether the process whose number is in the name of unfinished work, or of a folder above it, is alive."""
-    numbers = [part for name in path.parts if name.endswith(".tmp") for part in name.split(".") if part.isdecimal()]
+    """Whether the process whose number ends the name of unfinished work, or of a folder above it, is alive."""
+    numbers = [found[1] for name in path.parts if (found := re.search(r"\.(\d+)(\.old)?\.tmp$", name))]
     return any(Path("/proc", number).exists() for number in numbers)

@@ -97,6 +97,19 @@ class Strategy(Section):
         return self.score == "margin" or self.eps.rule != "constant"
 
 
+def check_norms(strategy: Strategy, margins: str, threat: str) -> None:
+    """Refuse an eps rule that compares margins of one norm with the radius of a threat in another.
+
+    Raises:
+        InputError: the rule does.
+    """
+    if margins != threat and strategy.eps.compares_norms:
+        raise InputError(
+            f"eps rule {strategy.eps.rule}: wanted margins in {threat}, the norm of the threat, to compare with its radius, "
+            f"got {margins}; use the rule rank or constant, or set margins.norm to null"
+        )
+
+
 @dataclass(frozen=True)
 class Columns:
     """The columns of the margin table (n,) that a strategy needs; `score` and `margin` are NaN where there is none."""

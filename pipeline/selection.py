@@ -181,7 +181,7 @@ def add_first(found: Mask, tied: Mask, groups: Groups, wanted: Counts, order: Or
         on_all_cores(lead, chunks(len(tied)))
         counts = count_groups(tied, groups, len(wanted))
         cuts, below, _ = at_rank(leading, groups, tied, counts, wanted - 1, wanted > 0)
-        left = np.where(wanted > 0, wanted - below, 0)
+        wanted = np.where(wanted > 0, wanted - below, 0)
 
         def decide(part: slice) -> None:
             cut = of_row(cuts, rows_of(groups, part))
@@ -189,7 +189,6 @@ def add_first(found: Mask, tied: Mask, groups: Groups, wanted: Counts, order: Or
             tied[part] &= leading[part] == cut
 
         on_all_cores(decide, chunks(len(tied)))
-        wanted = left
     rows = np.flatnonzero(tied)
     group = np.zeros(len(rows), np.int16) if groups is None else groups[rows]
     ranked = np.lexsort((order(rows), group))

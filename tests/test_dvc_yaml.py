@@ -1,6 +1,7 @@
 """dvc.yaml held to the code, recipes held to the stages."""
 
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -59,6 +60,12 @@ def test_a_stage_lists_exactly_the_modules_it_imports(stage: str) -> None:
     assert listed == code_deps(stage, ROOT), "run `python -m pipeline deps --write`"
 
 
+def write_files(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
 def test_the_import_closure_sees_imports_inside_functions_and_leaves_execution_out(tmp_path: Path) -> None:
     files = {
         "stages/a.py": "from pipeline import b\nfrom pipeline.execution import run\n",
@@ -69,9 +76,7 @@ def test_the_import_closure_sees_imports_inside_functions_and_leaves_execution_o
         "pipeline/execution/__init__.py": "from pipeline.e import h\n",
         "pipeline/e.py": "def h(): ...\n",
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_files(tmp_path, files)
     assert code_deps("a", tmp_path) == ["pipeline/b.py", "pipeline/c/__init__.py", "pipeline/c/d.py", "stages/a.py"]
 
 
@@ -87,9 +92,7 @@ def test_the_import_closure_follows_relative_imports(tmp_path: Path) -> None:
         "nets/deep.py": "deep = 1\n",
         "nets/deeper.py": "thing = 1\n",
     }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_files(tmp_path, files)
     wanted = set(files) - {"nets/other.py", "nets/wide/__init__.py"}  # the latter says nothing
     assert set(code_deps("a", tmp_path)) == wanted
 
@@ -291,21 +294,25 @@ def test_execution_alone_imports_submitit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        ("strategies.puma.score=grand", None),  # margins.grand is true by default
-        ("margins.norm=l2", "strategies.puma.eps: the rule margin wants margins in linf"),
-        ("generator={kind: none}", "synthesize.source.kind: edm wants a generator"),
-        ("synthesize.select={kind: class_agreement}", "synthesize.select: wants a guide"),
-        ("execution.stages={trainn: {}}", "execution.stages.trainn: no such stage"),
-        ("execution.stages={train: {timeout_mins: 5}}", "timeout_mins"),
+        (["strategies.puma.score=grand", "margins.grand=false"], "strategies.puma.score: grand wants margins.grand"),
+        (["margins.norm=l2"], "strategies.puma: eps rule margin: wanted margins in linf"),
+        (["generator={kind: none}"], "synthesize.source.kind: edm wants a generator"),
+        (["synthesize.select={kind: class_agreement}"], "synthesize.select: wants a guide"),
+        (["execution.stages={trainn: {}}"], "execution.stages.trainn: no such stage"),
+        (["execution.stages={train: {timeout_mins: 5}}"], "timeout_mins"),
     ],
 )
-def test_what_sections_cannot_do_together_is_found_before_anything_runs(change: str, message: str | None) -> None:
-    params = recipes.parse(recipes.read("digits", [change]))
-    if message is None:
-        project.check_params(params, "params.yaml")
-        params["margins"]["grand"] = False
-        message = "strategies.puma.score: grand wants margins.grand"
+def test_what_sections_cannot_do_together_is_found_before_anything_runs(changes: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        project.check_params(params, "params.yaml")
+        project.check_params(recipes.parse(recipes.read("digits", changes)), "params.yaml")
+
+
+def test_unfinished_work_of_a_strategy_whose_name_is_a_number_is_left_over_when_its_process_is_dead(tmp_path: Path) -> None:
+    own = os.getpid()
+    dead, alive = f".{own}.999999999.tmp", [f".30.{own}.tmp", f".31.{own}.old.tmp"]
+    for name in (dead, *alive):
+        (tmp_path / "manifests" / name).mkdir(parents=True)
+    params = {"strategies": {"30": {}}, "seeds": [0]}
+    assert project.leftovers(params, tmp_path) == [tmp_path / "manifests" / dead]

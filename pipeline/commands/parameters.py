@@ -67,7 +67,10 @@ def tidy() -> None:
     project.check_params(params, str(PARAMS_FILE))
     leftovers = project.leftovers(params, Path("data"))
     for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
         console.print(f"removed {path}")
     if not leftovers:
         console.print("nothing to remove")
