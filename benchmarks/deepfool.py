@@ -38,14 +38,14 @@ from pipeline.models.inference import FewSizes, convolutions, inference_copy
 from pipeline.threat import NormName
 from pipeline.tight import tight
 
-GOAL, KEEP, WARM_UP = 5.0, 0.7, 16
+GOAL, GOAL_FOOLBOX, KEEP, WARM_UP = 5.0, 20.0, 0.7, 16
 EVERY_CLASS: dict[str, Any] = {"first_candidates": None, "candidates": None}
 MODES: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, bf16": {"bf16": True},
-    "ours, bf16, 1 candidate": {"bf16": True, "first_candidates": 1},
+    "ours, bf16, overshoot 0.1": {"bf16": True, "overshoot": 0.1},
 }
-HEADLINE = "ours, bf16"  # the fastest whose margins agree with float32's and are as tight as the peers'
+HEADLINE = "ours, bf16"  # margins that agree with float32's and are as tight as the peers', at the same overshoot
 CALIBRATION = 128  # images at which the gradients of all classes are computed, as the stage does it
 TRICKS: dict[str, tuple[dict[str, Any], str]] = {  # settings, and the model: fast, or as loaded, or in the default layout
     "default": ({}, "fast"),
@@ -58,7 +58,8 @@ TRICKS: dict[str, tuple[dict[str, Any], str]] = {  # settings, and the model: fa
     "plain, not refined": ({"refine_steps": None}, "fast"),
     "BatchNorm not folded": ({}, "loaded"),
     "and channels first": ({}, "channels first"),
-    "bf16 gradients": ({}, "bf16"),
+    "bf16": ({}, "bf16"),
+    "bf16, overshoot 0.1": ({"overshoot": 0.1}, "bf16"),
 }
 
 
@@ -341,8 +342,10 @@ def main(
     elif rows:
         slowest = min(row.ratio for row in rows if row.attack == HEADLINE)
         name = f"DeepFool ({HEADLINE}), images/s over the fastest peer, worst model and norm"
-        headline = {"name": name, "ratio": slowest, "goal": GOAL}
-        print(f"\n{headline['name']}: {slowest:.2f} (goal {GOAL})")
+        rates = {(row.model, row.norm, row.attack): row.images_per_s for row in rows}
+        over = min(rates[m, n, HEADLINE] / rates[m, n, "foolbox"] for m, n, _ in rates)
+        headline = {"name": name, "ratio": slowest, "goal": GOAL, "over_foolbox": over, "goal_over_foolbox": GOAL_FOOLBOX}
+        print(f"\n{headline['name']}: {slowest:.2f} (goal {GOAL}), over foolbox: {over:.1f} (goal {GOAL_FOOLBOX:g})")
     else:
         headline = {"name": "tricks", "ratio": None, "goal": None}
     if json_file:

@@ -24,6 +24,7 @@ from pipeline.reference_attacks import ReferenceAttack, reference_outcomes
 from pipeline.threat import NormName, ThreatParams
 
 AttackName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr", "fab"]
+STANDARD: list[AttackName] = ["apgd-ce", "apgd-t", "fab-t", "square"]
 FEWEST_CLASSES: dict[AttackName, int] = {"apgd-t": 4, "apgd-dlr": 3, "fab-t": 2, "fab": 2}
 OTHER = "other_"  # columns of the checkpoint that AutoAttack does not meet
 PACKAGE_NORM: dict[NormName, str] = {"linf": "Linf", "l2": "L2"}
@@ -37,7 +38,7 @@ class EvaluateSection(Section):
     whole batches of one run over all images."""
 
     version: Literal["standard", "custom"]
-    attacks: list[AttackName]
+    attacks: list[AttackName] = Field(default_factory=list)
     reference_attacks: list[ReferenceAttack] = Field(default_factory=list)
     checkpoint: Literal["best", "last"]
     batch_size: PositiveInt
@@ -48,6 +49,8 @@ class EvaluateSection(Section):
     def _custom_names_attacks(self) -> "EvaluateSection":
         if self.version == "custom" and (not self.attacks or len(set(self.attacks)) != len(self.attacks)):
             raise ValueError("version custom wants a list of different attacks")
+        if self.version == "standard" and self.attacks not in ([], STANDARD):
+            raise ValueError(f"version standard is {STANDARD}: name them, or none, or set version: custom")
         return self
 
     @property

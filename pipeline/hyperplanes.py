@@ -10,7 +10,6 @@ from pipeline.models.inference import MixedPrecision
 
 NEWTON_STEPS = 8
 CALIBRATION_BATCH = 16
-CLOSE = 1.5  # of 128 images whose second class was the nearer one, 123 had it foretold within this factor of the first
 MOST_CALIBRATED = 128  # classes: the gradients of all of them are in memory at a time
 
 
@@ -34,38 +33,17 @@ def nearest_hyperplane(
     candidates: int | None,
     scale: Tensor | None,
     known: Tensor | None = None,
+    rough: bool = False,
 ) -> Hyperplane:
     """Linearise the model at z (B, ...) and take the class k that minimises the signed distance
     (f_y - f_k) / ||grad (f_y - f_k)||_dual out of the candidates of `rank_classes`: one forward pass, and one backward
-    pass per candidate. `known` are the logits at z where somebody has them: they save a pass in mixed precision. There the
-    second of two candidates takes its backward pass only if it is `close`."""
+    pass per candidate. In mixed precision `known`, the logits at z where somebody has them, or `rough`, those of bfloat16,
+    save a forward pass in float32."""
     z = z.detach()
-    if not isinstance(model, MixedPrecision):
-        with torch.enable_grad():
-            logits = model(z.requires_grad_())
-        return linearise(logits, z, y, rank_classes(logits.detach(), y, candidates, scale)[0], ball)
-    logits = model(z) if known is None else known
-
-    def at(z: Tensor, y: Tensor, logits: Tensor, classes: Tensor) -> Hyperplane:
-        with torch.enable_grad():
-            return linearise(model(z.requires_grad_(), logits), z, y, classes, ball)
-
-    classes, foretold = rank_classes(logits, y, candidates, scale)
-    if candidates != 2 or classes.shape[1] < 2:
-        return at(z, y, logits, classes)
-    whole = Hyperplane(logits, y.clone(), torch.empty_like(logits[:, 0]), torch.empty_like(z))
-    several = close(foretold)
-    for chosen, count in ((~several, 1), (several, 2)):
-        rows = chosen.nonzero().squeeze(1)
-        if len(rows):
-            found = at(z[rows], y[rows], logits[rows], classes[rows, :count])
-            whole.nearest[rows], whole.gap[rows], whole.grad[rows] = found.nearest, found.gap, found.grad
-    return whole
-
-
-def linearise(logits: Tensor, z: Tensor, y: Tensor, classes: Tensor, ball: Ball) -> Hyperplane:
-    """The nearest boundary among those to classes (B, k), from logits (B, K) with a graph to z (B, ...)."""
     with torch.enable_grad():
+        z.requires_grad_()
+        logits = model(z, known, rough=rough) if isinstance(model, MixedPrecision) else model(z)
+        classes = rank_classes(logits.detach(), y, candidates, scale)
         gaps = logits.gather(1, y[:, None]) - logits.gather(1, classes)
     least = torch.full_like(gaps[:, 0], torch.inf, requires_grad=False)
     gap, nearest, grad = least, y, z.detach()
@@ -78,12 +56,6 @@ def linearise(logits: Tensor, z: Tensor, y: Tensor, classes: Tensor, ball: Ball)
         nearest = torch.where(nearer, classes[:, column], nearest)
         grad = torch.where(per_sample(nearer, z), slope, grad)
     return Hyperplane(logits.detach(), nearest, gap, grad)
-
-
-def close(foretold: Tensor) -> Tensor:
-    """Whether the second of the foretold signed distances (B, 2), least first, is within the factor `CLOSE` of the first."""
-    first = foretold[:, 0]
-    return foretold[:, 1] <= torch.where(first > 0, first * CLOSE, first / CLOSE)
 
 
 @torch.no_grad()
@@ -113,17 +85,16 @@ def gradient_scale(model: nn.Module, x: Tensor, ball: Ball) -> Tensor:
     return total / len(x)
 
 
-def rank_classes(logits: Tensor, y: Tensor, count: int | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The count classes (B, count) other than y of least (f_y - f_k) / scale[y, k], nearest first, and these foretold
-    distances (B, count); all others when count is None. `scale` (K, K) foretells ||grad (f_y - f_k)|| up to a factor per
-    sample; None takes it as equal for all classes, so that they come by logit."""
+def rank_classes(logits: Tensor, y: Tensor, count: int | None, scale: Tensor | None) -> Tensor:
+    """The count classes (B, count) other than y of least (f_y - f_k) / scale[y, k], nearest first; all others when count is
+    None. `scale` (K, K) foretells ||grad (f_y - f_k)|| up to a factor per sample; None takes it as equal for all classes, so
+    that they come by logit."""
     foretold = logits.gather(1, y[:, None]) - logits
     if scale is not None and len(scale) == logits.shape[1]:
         foretold = foretold / positive(scale[y])
     available = logits.shape[1] - 1
     others = foretold.scatter(1, y[:, None], torch.inf)
-    found = others.topk(available if count is None else min(count, available), dim=1, largest=False)
-    return found.indices, found.values
+    return others.topk(available if count is None else min(count, available), dim=1, largest=False).indices
 
 
 def step_onto(gap: Tensor, grad: Tensor, ball: Ball) -> Tensor:

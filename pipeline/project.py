@@ -70,10 +70,10 @@ def check_params(params: dict[str, Any], origin: str) -> None:
 
 def conflicts(params: dict[str, Any]) -> list[str]:
     """What sections that are valid by themselves cannot do together."""
-    from pipeline.pruning import Strategy, check_norms
+    from pipeline.pruning import FloorEps, Strategy, check_norms
 
     problems = []
-    margins, norm = params["margins"], params["threat"]["norm"]
+    margins, norm, radius = params["margins"], params["threat"]["norm"], params["threat"]["eps_255"]
     for name, given in params["strategies"].items():
         strategy = Strategy.model_validate(given)
         if strategy.score == "grand" and not margins.get("grand", False):
@@ -82,6 +82,10 @@ def conflicts(params: dict[str, Any]) -> list[str]:
             check_norms(strategy, margins.get("norm") or norm, norm)
         except InputError as error:
             problems.append(f"strategies.{name}: {error}")
+        if isinstance(strategy.eps, FloorEps) and strategy.eps.min_eps_255 > radius:
+            problems.append(f"strategies.{name}.eps.min_eps_255: wanted at most threat.eps_255, {radius}")
+        if strategy.applies_to == "synthetic" and params["synthesize"]["source"]["kind"] == "none":
+            problems.append(f"strategies.{name}.applies_to: synthetic wants some, but synthesize.source.kind is none")
     synthesize = params["synthesize"]
     if synthesize["source"]["kind"] == "edm" and params["generator"]["kind"] == "none":
         problems.append("synthesize.source.kind: edm wants a generator, but generator.kind is none")

@@ -2,7 +2,9 @@
 
 import difflib
 import io
+import re
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ def available() -> list[Path]:
 
 
 def summary(path: Path) -> str:
-    """The first comment line of a recipe."""
-    return path.read_text().splitlines()[0].lstrip("# ").rstrip()
+    """The first sentence of the comment that a recipe begins with."""
+    comment = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return re.split(r"(?<! al)\. ", " ".join(line.lstrip("# ").rstrip() for line in comment))[0].rstrip(".")
 
 
 def text_of(path: Path) -> str:

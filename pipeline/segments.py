@@ -32,8 +32,13 @@ class Segment:
         return self.at(share_of_root(self.gap_here, self.gap_there))
 
 
-def share_of_root(gap_here: Tensor, gap_there: Tensor) -> Tensor:
-    return torch.nan_to_num(gap_here / (gap_here - gap_there), nan=1.0).clamp(0, 1)
+def share_of_root(gap_here: Tensor, gap_there: Tensor, slope: Tensor | None = None) -> Tensor:
+    """The share (B,) of the way at which a gap of opposite signs at the ends is zero, if it changes linearly, or else as the
+    parabola of `slope` (B,), which points to zero and is per whole way, at the beginning."""
+    if slope is None:
+        slope = gap_there - gap_here
+    root = (slope.square() - 4 * (gap_there - gap_here - slope) * gap_here).clamp_min(0).sqrt()
+    return torch.nan_to_num(2 * gap_here / (torch.sign(gap_here) * root - slope), nan=1.0).clamp(0, 1)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Threat model: the norm and radius of the perturbations that are allowed (their geometry is in balls.py)."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, model_validator
 
 from pipeline.params import Section
 
@@ -14,6 +14,12 @@ class ThreatParams(Section):
 
     norm: NormName
     eps_255: PositiveFloat
+
+    @model_validator(mode="after")
+    def _is_in_255ths(self) -> Self:
+        if self.norm == "linf" and self.eps_255 > 255:
+            raise ValueError(f"eps_255: wanted at most 255, the whole pixel range, in linf, got {self.eps_255:g}")
+        return self
 
     @property
     def eps(self) -> float:

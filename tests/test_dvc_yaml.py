@@ -297,6 +297,13 @@ def test_execution_alone_imports_submitit() -> None:
     ("changes", "message"),
     [
         (["strategies.puma.score=grand", "margins.grand=false"], "strategies.puma.score: grand wants margins.grand"),
+        (["strategies.puma.eps={rule: floor, min_eps_255: 90}"], "eps.min_eps_255: wanted at most threat.eps_255"),
+        (
+            ["strategies.puma.applies_to=synthetic", "synthesize.source={kind: none}", "synthesize.select={kind: none}"],
+            "strategies.puma.applies_to: synthetic wants some",
+        ),
+        (["threat.eps_255=300"], "eps_255: wanted at most 255"),
+        (["evaluate.version=standard", "evaluate.attacks=[apgd-ce]"], "version standard is "),
         (["margins.norm=l2"], "strategies.puma: eps rule margin: wanted margins in linf"),
         (["generator={kind: none}"], "synthesize.source.kind: edm wants a generator"),
         (["synthesize.select={kind: class_agreement}"], "synthesize.select: wants a guide"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models import Classifier, ModelParams, build_network
-from pipeline.models.inference import Affine, FewSizes, inference_copy
+from pipeline.models.inference import Affine, FewSizes, MixedPrecision, inference_copy, unsure
 
 NETWORKS = {
     "preactresnet": ModelParams(architecture="preactresnet", arguments={"blocks": [1, 1], "width": 8}),
@@ -87,6 +87,23 @@ def test_bf16_changes_gradients_by_its_rounding_and_logits_not_at_all() -> None:
     one, other = (gradient(net, x).flatten(1) for net in (exact, mixed))
     assert not torch.equal(one, other)
     assert bool((torch.cosine_similarity(one, other) > 0.999).all())
+
+
+def test_rough_logits_are_those_of_bf16_but_for_images_whose_two_highest_are_close() -> None:
+    model = classifier()
+    mixed = inference_copy(model, bf16=True)
+    assert isinstance(mixed, MixedPrecision)
+    x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact, low = mixed.exact(x), mixed.low(x.to(torch.bfloat16)).float()
+    found = mixed(x.requires_grad_(), rough=True)
+    rows = unsure(low)
+    assert 0 < rows.sum() < 64
+    torch.testing.assert_close(found[rows], exact[rows], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[~rows], low[~rows], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(found[~rows], exact[~rows])
+    assert torch.equal(found.argmax(dim=1), exact.argmax(dim=1))
+    logits = torch.tensor([[1.0, 0.0, 0.97], [1.0, 0.0, 0.99]])
+    assert unsure(logits).tolist() == [False, True]
 
 
 def test_a_gpu_sees_batches_of_multiples_and_gives_back_what_belongs_to_each_image(monkeypatch: pytest.MonkeyPatch) -> None:

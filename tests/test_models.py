@@ -139,6 +139,8 @@ def test_an_imported_model_must_be_for_the_same_images(tmp_path: Path) -> None:
     other = make_store(tmp_path / "other", (np.zeros((2, 16, 16, 1), np.uint8), np.zeros(2, np.int64)))
     with pytest.raises(InputError, match=r"wanted a model for images and number of classes \(\[16, 16, 1\], 10\)"):
         import_model(tmp_path / "given", tmp_path / "copy", other)
+    with pytest.raises(InputError, match=r"nowhere: wanted a folder .* found no model.json and no model.safetensors; correct"):
+        import_model(tmp_path / "nowhere", tmp_path / "copy", other)
     fitting = make_store(tmp_path / "fitting", (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(2, np.int64)))
     import_model(tmp_path / "given", tmp_path / "copy", fitting)
     given, copied = (load_model(tmp_path / name, CPU)[1]["digest"] for name in ("given", "copy"))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from pipeline.balls import BALLS
 from pipeline.deepfool import deepfool
 from pipeline.losses import cw_margin
-from pipeline.segments import Segment, narrow
+from pipeline.segments import Segment, narrow, share_of_root
 from tests.conftest import untrained
 
 
@@ -29,6 +29,18 @@ def test_without_a_forward_pass_the_root_is_that_of_the_chord() -> None:
     segment, y = cubic_segment()
     ends = segment.there[:, 0, 0, 0]
     torch.testing.assert_close(narrow(Cubic(), segment, y, 0).root()[:, 0, 0, 0], 0.3**3 / ends**2)
+
+
+def test_the_root_of_a_parabola_of_which_the_slope_at_the_beginning_is_known() -> None:
+    """f(t) = here + slope t + bend t^2, upwards and downwards, curved either way, and straight."""
+    here, slope, bend = torch.tensor(
+        [[1.0, -1.5, 0.2], [1, -0.5, -1], [-1, 1.5, -0.2], [-1, 0.5, 1], [1, -2, 0]], dtype=torch.float64
+    ).T
+    share = share_of_root(here, here + slope + bend, slope)
+    assert (here + slope * share + bend * share.square()).abs().max() < 1e-12
+    assert bool(((share > 0) & (share < 1)).all())
+    nothing = torch.zeros(1, dtype=torch.float64)
+    assert share_of_root(nothing, nothing, nothing).item() == 1  # a sample on the boundary
 
 
 def test_forward_passes_bring_the_root_of_a_cubic_to_its_place() -> None:

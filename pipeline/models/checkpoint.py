@@ -55,8 +55,10 @@ def import_model(source: Path, target: Path, store: ImageStore) -> None:
     """Copy a saved classifier after checking that it fits the images of store.
 
     Raises:
-        InputError: it cannot be loaded, or is for other images or classes.
+        InputError: there is none, it cannot be loaded, or is for other images or classes.
     """
+    if missing := [name for name in ("model.json", "model.safetensors") if not (source / name).is_file()]:
+        raise InputError(f"{source}: wanted a folder with a model, found no {' and no '.join(missing)}; correct the path")
     model, description = load_model(source, torch.device("cpu"))
     wanted = (list(store.shape), len(store.classes))
     found = (list(description["shape"]), len(description["classes"]))

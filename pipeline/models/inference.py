@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
+UNSURE = 0.02  # of 2,000 CIFAR-10 images bfloat16 changed 11 predictions, all within 0.003
+
 
 class Affine(nn.Module):
     """What BatchNorm does in eval mode: scale and shift (C, 1, 1) per channel, fixed."""
@@ -52,8 +54,8 @@ class RowByRow(nn.Module):
 
 def inference_copy(model: nn.Module, *, bf16: bool = False) -> nn.Module:
     """The same function, in eval mode and without gradients of its weights, faster: channels last, and BatchNorm as part
-    of the convolution before it where torch.fx finds one, else as a scale and a shift. With `bf16` the gradients, and
-    only they, are computed in bfloat16. The model is not changed."""
+    of the convolution before it where torch.fx finds one, else as a scale and a shift. With `bf16` a `MixedPrecision`
+    that computes the gradients in bfloat16. The model is not changed."""
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast = fold_batchnorm(fast).to(memory_format=torch.channels_last)
     replace(fast, lambda child: RowByRow(child) if type(child) is nn.Linear else child)
@@ -100,15 +102,28 @@ class MixedPrecision(nn.Module):
         super().__init__()
         self.exact, self.low = exact, low
 
-    def forward(self, x: Tensor, exact: Tensor | None = None) -> Tensor:
-        """`exact`: the logits, where they are known and only their gradients are wanted."""
-        if exact is None:
-            with torch.no_grad():
-                exact = self.exact(x)
+    def forward(self, x: Tensor, known: Tensor | None = None, *, rough: bool = False) -> Tensor:
+        """Where gradients are wanted, `known` logits save the pass in float32, and so does `rough`, which takes those of the
+        bfloat16 copy but for images where rounding could change the prediction."""
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return exact
-        low = self.low(x.to(torch.bfloat16)).to(exact.dtype)
-        return low + (exact - low).detach()
+            return self.exact(x)
+        low = self.low(x.to(torch.bfloat16)).to(x.dtype)
+        with torch.no_grad():
+            logits = known
+            if logits is None:
+                logits = self.settled(low, x) if rough else self.exact(x)
+        return low + (logits - low).detach()
+
+    def settled(self, low: Tensor, x: Tensor) -> Tensor:
+        """Logits low (B, K) of x, those of float32 where they are `unsure`."""
+        rows = unsure(low).nonzero().squeeze(1)
+        return low.index_copy(0, rows, self.exact(x[rows])) if len(rows) else low
+
+
+def unsure(logits: Tensor) -> Tensor:
+    """Whether the two highest of logits (B, K) are within the share `UNSURE` of their range: rounding could swap them."""
+    first, second = logits.topk(2, dim=1).values.unbind(dim=1)
+    return first - second <= UNSURE * (first - logits.amin(dim=1))
 
 
 @contextmanager

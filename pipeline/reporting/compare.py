@@ -47,6 +47,8 @@ def read_experiment(name: str) -> Experiment:
     Raises:
         InputError: there is no such experiment, or its results are not in the cache.
     """
+    if not name:
+        raise InputError("compare: wanted a git revision, a dvc experiment or workspace, got an empty name")
     with TemporaryDirectory() as folder:
         try:
             fetch = Fetch(DVCFileSystem(rev=None if name == WORKSPACE else name), Path(folder))
