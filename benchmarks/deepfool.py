@@ -163,27 +163,38 @@ def compare(
     return rows
 
 
-def margins(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, **settings: Any) -> Tensor:
+def margins(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, *, closer: bool = False, **settings: Any) -> Tensor:
     """Of all images, misclassified ones too, in pieces."""
+    estimate = tight if closer else deepfool
     pieces = zip(x.split(128), y.split(128), strict=True)
-    return torch.cat([deepfool(model, a, b, ball=BALLS[norm], **settings).margin for a, b in pieces])
+    return torch.cat([estimate(model, a, b, ball=BALLS[norm], **settings).margin for a, b in pieces])
 
 
 def exact_margins(model: nn.Module, x: Tensor, y: Tensor, norm: NormName, **settings: Any) -> Tensor:
-    """In float32 and over all classes."""
+    """In float32, DeepFool's over all classes."""
+    classes = {} if settings.get("closer") else EVERY_CLASS
     with convolutions(tf32=False):
-        return margins(inference_copy(model), x, y, norm, **EVERY_CLASS, **settings)
+        return margins(inference_copy(model), x, y, norm, **classes, **settings)
 
 
 def agreement(
-    model: nn.Module, x: Tensor, y: Tensor, norm: NormName, wanted: Tensor, *, bf16: bool = False, **settings: Any
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    norm: NormName,
+    wanted: Tensor,
+    nearest: Tensor | None = None,
+    *,
+    bf16: bool = False,
+    **settings: Any,
 ) -> dict[str, float]:
-    """Of the settings with the exact margins (B,)."""
+    """Of the settings with the exact margins (B,), and how much longer than the tight ones `nearest` (B,) they are."""
     with convolutions(tf32=bf16 or torch.backends.cudnn.allow_tf32):
         got = margins(inference_copy(model, bf16=bf16), x, y, norm, **settings)
     both = got.isfinite() & wanted.isfinite()
     cut = wanted[both].quantile(KEEP)
-    return {
+    over_tight = {} if nearest is None else {"over_tight": (got / nearest)[both & nearest.isfinite()].mean().item()}
+    return over_tight | {
         "converged": got.isfinite().float().mean().item(),
         "spearman": float(spearmanr(wanted[both].cpu(), got[both].cpu()).statistic),
         "other_side": ((wanted > cut) != (got > cut))[both].float().mean().item(),
@@ -328,9 +339,10 @@ def main(
             mine = next(row for row in rows[::-1] if row.attack == "ours")
             share = mine.images_per_s / floor(classifier, x, y, norm, scale)
             wanted = exact_margins(classifier, few_x, few_y, norm)
+            nearest = exact_margins(classifier, few_x, few_y, norm, closer=True)
             for mode, settings in MODES.items():
                 found: dict[str, Any] = {"model": path.name, "norm": norm, "mode": mode}
-                found |= agreement(classifier, few_x, few_y, norm, wanted, scale=scale, **settings)
+                found |= agreement(classifier, few_x, few_y, norm, wanted, nearest, scale=scale, **settings)
                 extra.append(found | ({"share_of_floor": share} if mode == "ours" else {}))
                 shown = ", ".join(f"{key} {value:.4f}" for key, value in extra[-1].items() if isinstance(value, float))
                 print(f"      {mode}: {shown}", flush=True)
