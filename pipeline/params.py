@@ -103,6 +103,8 @@ def explain(error: ValidationError, items: dict[str, str] | None = None) -> str:
             lines.append(f"{where}: no such parameter; remove it or correct its name")
         elif problem["type"] == "missing":
             lines.append(f"{where}: missing; add it")
+        elif problem["type"] == "value_error" and isinstance(problem["input"], dict):  # of a whole section
+            lines.append(f"{where}: {problem['ctx']['error']}")
         else:
-            lines.append(f"{where}: {problem['msg']}, got {problem['input']!r}")
+            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}")
     return "; ".join(lines)

@@ -44,8 +44,10 @@ def check_params(params: dict[str, Any], origin: str) -> None:
     strategies = params.get("strategies")
     if not isinstance(strategies, dict) or not strategies:
         raise InputError(f"{origin}: strategies: wanted a mapping of names to strategies, got {strategies!r}")
-    if bad := [name for name in strategies if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name))]:
-        raise InputError(f"{origin}: strategies: wanted names of letters, digits, _ and - (they name folders), got {bad}")
+    if bad := [name for name in strategies if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise InputError(
+            f"{origin}: strategies: wanted names of letters, digits, _ and - (they name folders; numbers in quotes), got {bad}"
+        )
     wanted: list[tuple[type[StageParams], str]] = [(ExecutionParams, "")] if "execution" in params else []
     known = {"execution"}
     for stage in stage_names():

@@ -28,7 +28,10 @@ def print_headline(report: Path, file: TextIO | None = None) -> None:
     runs = run_rows(report / "results.csv")
     if len(runs) - 1 <= MAX_RUNS:
         show("Test accuracy of every run", runs, file)
-    show("Test accuracy and cost by strategy", without(summary_rows(report / "summary.csv"), IMAGES), file)
+    strategies = without(summary_rows(report / "summary.csv"), IMAGES)
+    several = strategies[1][strategies[0].index("seeds")] != "1"
+    over = "seeds" if several else "test images"
+    show(f"Test accuracy (intervals over the {over}) and cost by strategy", strategies, file)
     print(report / "report.html", file=file)
 
 

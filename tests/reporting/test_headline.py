@@ -15,7 +15,7 @@ from tests.reporting.conftest import SEEDS, STRATEGIES
 
 COST = Cost(images_seen=5000, images_attacked=4000, training=50_000, margins=22_000)
 BY_STRATEGY = """\
-Test accuracy and cost by strategy
+Test accuracy (intervals over the seeds) and cost by strategy
 strategy  seeds  kept            clean, %           robust, %  passes, M  hours
 none          2  100%  97.5 [65.7, 100.0]  77.5 [45.7, 100.0]      0.072      2
 random        2   90%  92.5 [60.7, 100.0]  72.5 [40.7, 100.0]      0.072      2
@@ -52,6 +52,14 @@ def test_a_log_has_every_run_every_strategy_and_the_path_in_aligned_lines(report
     assert text.endswith(f"\n\n{BY_STRATEGY}{report / 'report.html'}\n")
 
 
+def test_the_intervals_of_a_single_seed_are_over_the_test_images(made: Path, report: Path) -> None:
+    runs = read_runs(made / "manifests", made / "evaluations", STRATEGIES, SEEDS[:1])
+    write_summary_csv(report / "summary.csv", summarise(by_strategy(runs), dict.fromkeys(STRATEGIES, COST), 0.95, 10.0))
+    out = io.StringIO()
+    print_headline(report, out)
+    assert "(intervals over the test images)" in out.getvalue()
+
+
 def test_many_runs_are_left_to_the_report(report: Path) -> None:
     results = report / "results.csv"
     lines = results.read_text().splitlines(keepends=True)
@@ -68,6 +76,7 @@ def test_a_narrow_terminal_shows_every_number_whole(report: Path, monkeypatch: p
     out = Terminal()
     print_headline(report, out)
     assert "─" in out.getvalue()
+    assert " ".join(out.getvalue().split()).count("(intervals over the seeds)") == 1
     for cell in ("85.00%", "67.5 [35.7, 99.3]", "97.5 [65.7, 100.0]", "100%", "0.072"):
         assert cell in out.getvalue()
 
