@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.params import PARAMS_FILE, read_yaml
 
+DVC_FILE = Path("dvc.yaml")
 REGISTRY = "pipeline/models/registry.py"
 # Where a job runs is not a result, so the execution package is in no stage's deps.
 NOT_A_RESULT = "pipeline/execution/"
@@ -14,14 +15,24 @@ NOT_A_RESULT = "pipeline/execution/"
 
 def code_deps(stage: str, root: Path = Path()) -> list[str]:
     """Sorted paths, from root, of the files in the import closure of stages/<stage>.py; templates beside a module that
-    is a package count as part of it. A stage that builds models also has the user's own modules that params.yaml names."""
+    is a package count as part of it. A stage that builds models also has the user's own modules that its sections of
+    params.yaml name, and those of the stages whose outputs it reads."""
     seen = closure([f"stages/{stage}.py"], root)
-    if REGISTRY in seen:
-        file = root / PARAMS_FILE  # a job on a cluster has its params elsewhere
-        modules = own_modules_of(read_yaml(file)) if file.is_file() else []
+    if REGISTRY in seen and (root / PARAMS_FILE).is_file():  # a job on a cluster has its params elsewhere
+        params = read_yaml(root / PARAMS_FILE)
+        modules = own_modules_of({name: params.get(name) for name in sections_of(stage, root)})
         seen |= closure([path for module in modules for path in files_of(module, root)], root)
     templates = {t for path in seen for t in templates_of(root / path, root)}
     return sorted(path for path in seen | templates if not is_documentation(root / path))
+
+
+def sections_of(stage: str, root: Path) -> set[str]:
+    """The sections of params.yaml that the stage and those that make what it reads have in dvc.yaml."""
+    stages = {name: entry.get("do", entry) for name, entry in read_yaml(root / DVC_FILE)["stages"].items()}
+    read = [dep for dep in stages[stage]["deps"] if dep.startswith("data/")]
+    outs = {name: [out if isinstance(out, str) else next(iter(out)) for out in entry["outs"]] for name, entry in stages.items()}
+    makers = [name for name, made in outs.items() if any(f"{dep}/".startswith(f"{out}/") for dep in read for out in made)]
+    return {key.split(".")[0] for name in (stage, *makers) for key in stages[name].get("params", [])}
 
 
 def closure(entries: list[str], root: Path) -> set[str]:

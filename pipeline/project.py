@@ -9,11 +9,10 @@ from typing import Any
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from pipeline.dependencies import code_deps, own_modules_of
+from pipeline.dependencies import DVC_FILE, code_deps, own_modules_of
 from pipeline.execution import ExecutionParams
 from pipeline.params import InputError, StageParams, read_yaml
 
-DVC_FILE = Path("dvc.yaml")
 PER_RUN = ("models", "evaluations")
 SHAPES = {"digits": (8, 8, 1), "cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "svhn": (32, 32, 3)}
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from pipeline import project as project_module
+from pipeline import recipes
 from pipeline.balls import BALLS
 from pipeline.deepfool import deepfool
+from pipeline.dependencies import code_deps
 from pipeline.execution import store
 from pipeline.images import ImageStore
 from pipeline.margins import grand
@@ -216,6 +218,13 @@ def test_a_dry_run_finds_what_would_fail_and_nothing_else(
         check_model(params, shape)
 
 
+USERS = {
+    "margin_model.model": {"margin_model", "judge", "margins", "report"},
+    "train.model": {"train", "evaluate", "report"},
+    "guide.model": {"guide", "synthesize", "report"},
+}
+
+
 def test_check_wants_ones_own_module_in_dvc_yaml_and_deps_puts_it_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +242,11 @@ def test_check_wants_ones_own_module_in_dvc_yaml_and_deps_puts_it_there(
     project_module.correct_code_deps(write=True)
     deps = {name: entry.get("do", entry)["deps"] for name, entry in read_yaml(Path("dvc.yaml"))["stages"].items()}
     having = {name for name, listed in deps.items() if {"mynets.py", "more.py"} <= {*listed}}
-    assert having == {"guide", "synthesize", "margin_model", "judge", "margins", "train", "evaluate", "report"}
+    assert having == {"margin_model", "judge", "margins", "train", "evaluate", "report"}
+    for section, wanted in USERS.items():
+        Path("params.yaml").write_text(recipes.read("digits", [f"{section}={{architecture: mynets.cnn, arguments: {{}}}}"]))
+        assert {stage for stage in project_module.stage_names() if "mynets.py" in code_deps(stage)} == wanted
+    Path("params.yaml").write_text(text)
     run = store.RunStore(folder / ".runs/train@puma-0/key")
     run.path.mkdir(parents=True)
     assert {path.name for path in run.snapshot_code().iterdir()} == {"more.py", "mynets.py", "pipeline", "stages"}
