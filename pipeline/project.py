@@ -151,11 +151,13 @@ def image_shape(params: dict[str, Any]) -> tuple[int, int, int] | None:
 def check_own_modules(params: dict[str, Any]) -> None:
     """Raise an InputError where dvc.yaml does not have the user's own modules of architectures: editing these would rerun
     nothing."""
-    listed = {dep for entry in read_yaml(DVC_FILE)["stages"].values() for dep in entry.get("do", entry).get("deps", [])}
     for module in own_modules_of(params):
         base = module.replace(".", "/")
-        if not {f"{base}.py", f"{base}/__init__.py"} & listed:
-            raise InputError(f"dvc.yaml does not list your module {module}; run `python -m pipeline deps --write`")
+        for stage, entry in read_yaml(DVC_FILE)["stages"].items():
+            if {f"{base}.py", f"{base}/__init__.py"} & {*code_deps(stage)} - {*entry.get("do", entry)["deps"]}:
+                raise InputError(
+                    f"dvc.yaml does not list your module {module} in the stage {stage}; run `python -m pipeline deps --write`"
+                )
 
 
 def correct_code_deps(*, write: bool) -> list[str]:

@@ -237,7 +237,7 @@ def test_check_wants_ones_own_module_in_dvc_yaml_and_deps_puts_it_there(
     (folder / "more.py").write_text("SIZE = 3\n")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(store, "PROJECT", folder)
-    with pytest.raises(InputError, match="dvc.yaml does not list your module mynets; run `python -m pipeline deps --write`"):
+    with pytest.raises(InputError, match="your module mynets in the stage margin_model; run `python -m pipeline deps --write`"):
         project_module.check_own_modules(read_yaml(Path("params.yaml")))
     project_module.correct_code_deps(write=True)
     deps = {name: entry.get("do", entry)["deps"] for name, entry in read_yaml(Path("dvc.yaml"))["stages"].items()}
@@ -246,6 +246,8 @@ def test_check_wants_ones_own_module_in_dvc_yaml_and_deps_puts_it_there(
     for section, wanted in USERS.items():
         Path("params.yaml").write_text(recipes.read("digits", [f"{section}={{architecture: mynets.cnn, arguments: {{}}}}"]))
         assert {stage for stage in project_module.stage_names() if "mynets.py" in code_deps(stage)} == wanted
+        with pytest.raises(InputError, match="in the stage guide") if section == "guide.model" else nullcontext():
+            project_module.check_own_modules(read_yaml(Path("params.yaml")))
     Path("params.yaml").write_text(text)
     run = store.RunStore(folder / ".runs/train@puma-0/key")
     run.path.mkdir(parents=True)
