@@ -20,7 +20,7 @@ class DeepFoolParams(Section):
     are foretold to be the nearest. `box` keeps the perturbed images in [0, 1]. The margin is where the last step, which
     the linear model makes too long, crosses the boundary: by interpolation between its ends, after `refine_steps` forward
     passes where a parabola does not fit; null is plain DeepFool, the length of the steps. So an `overshoot` above the paper's
-    0.02 makes margins hardly longer and saves iterations."""
+    0.02 saves iterations for margins that are a little longer."""
 
     max_iterations: PositiveInt = 50
     overshoot: NonNegativeFloat = 0.02
