@@ -58,6 +58,7 @@ def deepfool(
     box: bool = True,
     refine_steps: int | None = 2,
     scale: Tensor | None = None,
+    rough: bool = True,
 ) -> DeepFoolResult:
     """Untargeted from the label y (B,) of x (B, C, H, W) in [0, 1]. Each iteration linearises the model, takes the
     class k that minimises (f_y - f_k) / ||grad (f_y - f_k)||_dual and steps onto that hyperplane (eq. 8 to 11); a
@@ -69,7 +70,8 @@ def deepfool(
     steps, about a quarter too long in Linf when two classes are ahead). A sample on the boundary has margin 0. Departures
     from the paper: inside the box the step is the shortest that reaches the hyperplane (implementations clip and fall
     short), and the boundary is looked for on the last segment. `scale` (K, K), of `gradient_scale` or else of `class_scale`,
-    tells which classes are candidates. The model is not changed and must be in eval mode.
+    tells which classes are candidates. In mixed precision the logits of x are `rough` or exact. The model is not changed and
+    must be in eval mode.
 
     Raises:
         ValueError: the model is in training mode, its logits are not finite, or x is not in the box.
@@ -79,7 +81,7 @@ def deepfool(
     if box and len(x) and not bool((x.amin() >= 0) & (x.amax() <= 1)):
         raise ValueError(f"deepfool needs x in [0, 1], got [{x.amin():.3g}, {x.amax():.3g}]; normalise inside the model")
     scale = class_scale(model) if scale is None else scale
-    plane = nearest_hyperplane(model, x, y, ball, candidates=first_candidates, scale=scale, rough=True)
+    plane = nearest_hyperplane(model, x, y, ball, candidates=first_candidates, scale=scale, rough=rough)
     logits = logits_clean = plane.logits
     if not bool(torch.isfinite(logits_clean).all()):
         raise ValueError("wanted finite logits from the model, got NaN or infinity; its weights or the images are damaged")

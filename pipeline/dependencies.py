@@ -1,7 +1,9 @@
 """The modules of the project that a stage imports, directly or not: what its deps in dvc.yaml must list."""
 
 import ast
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ def code_deps(stage: str, root: Path = Path()) -> list[str]:
     seen = closure([f"stages/{stage}.py"], root)
     if REGISTRY in seen and (root / PARAMS_FILE).is_file():  # a job on a cluster has its params elsewhere
         params = read_yaml(root / PARAMS_FILE)
-        modules = own_modules_of({name: params.get(name) for name in sections_of(stage, root)})
+        modules = own_modules_of({name: params.get(name) for name in sections_of(stage, root)}, root)
         seen |= closure([path for module in modules for path in files_of(module, root)], root)
     templates = {t for path in seen for t in templates_of(root / path, root)}
     return sorted(path for path in seen | templates if not is_documentation(root / path))
@@ -29,10 +31,20 @@ def code_deps(stage: str, root: Path = Path()) -> list[str]:
 def sections_of(stage: str, root: Path) -> set[str]:
     """The sections of params.yaml that the stage and those that make what it reads have in dvc.yaml."""
     stages = {name: entry.get("do", entry) for name, entry in read_yaml(root / DVC_FILE)["stages"].items()}
-    read = [dep for dep in stages[stage]["deps"] if dep.startswith("data/")]
-    outs = {name: [out if isinstance(out, str) else next(iter(out)) for out in entry["outs"]] for name, entry in stages.items()}
-    makers = [name for name, made in outs.items() if any(f"{dep}/".startswith(f"{out}/") for dep in read for out in made)]
-    return {key.split(".")[0] for name in (stage, *makers) for key in stages[name].get("params", [])}
+    outs = {name: paths(entry.get("outs", [])) for name, entry in stages.items()}
+    makers = [name for name, made in outs.items() if any(overlap(a, b) for a in stages[stage].get("deps", []) for b in made)]
+    keys = [key for name in (stage, *makers) for key in stages[name].get("params", []) if isinstance(key, str)]
+    return {key.split(".")[0] for key in keys}
+
+
+def paths(entries: list[Any]) -> list[str]:
+    """Of outs of dvc.yaml, each a path or a path with options."""
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether one of the paths is the other or lies below it."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
 def closure(entries: list[str], root: Path) -> set[str]:
@@ -47,18 +59,22 @@ def closure(entries: list[str], root: Path) -> set[str]:
     return seen
 
 
-def own_modules_of(params: dict[str, Any]) -> list[str]:
-    """The modules of architectures such as mynets.cnn in params."""
-    return sorted({name.rpartition(".")[0] for name in architectures(params) if "." in name})
+def own_modules_of(params: dict[str, Any], root: Path = Path()) -> list[str]:
+    """The modules of architectures such as mynets.cnn in params, and of models that they import."""
+    return sorted({name.rpartition(".")[0] for name in architectures(params, root) if "." in name})
 
 
-def architectures(params: Any) -> Iterator[str]:
-    """Every value of a key `architecture`, at any depth."""
-    if isinstance(params, dict):
-        if isinstance(params.get("architecture"), str):
-            yield params["architecture"]
-        for value in params.values():
-            yield from architectures(value)
+def architectures(params: Any, root: Path) -> Iterator[str]:
+    """Every value of a key `architecture`, at any depth, and that of the model.json of every model that is imported."""
+    if not isinstance(params, dict):
+        return
+    if isinstance(params.get("architecture"), str):
+        yield params["architecture"]
+    if params.get("kind") == "import" and isinstance(params.get("path"), str):
+        with suppress(OSError, ValueError):  # the stage that imports it says what is wrong
+            yield from architectures(json.loads((root / params["path"] / "model.json").read_text()), root)
+    for value in params.values():
+        yield from architectures(value, root)
 
 
 def imports_of(path: Path, root: Path) -> list[str]:

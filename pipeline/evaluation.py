@@ -24,7 +24,6 @@ from pipeline.reference_attacks import ReferenceAttack, reference_outcomes
 from pipeline.threat import NormName, ThreatParams
 
 AttackName = Literal["apgd-ce", "apgd-t", "fab-t", "square", "apgd-dlr", "fab"]
-STANDARD: list[AttackName] = ["apgd-ce", "apgd-t", "fab-t", "square"]
 FEWEST_CLASSES: dict[AttackName, int] = {"apgd-t": 4, "apgd-dlr": 3, "fab-t": 2, "fab": 2}
 OTHER = "other_"  # columns of the checkpoint that AutoAttack does not meet
 PACKAGE_NORM: dict[NormName, str] = {"linf": "Linf", "l2": "L2"}
@@ -48,9 +47,9 @@ class EvaluateSection(Section):
     @model_validator(mode="after")
     def _custom_names_attacks(self) -> "EvaluateSection":
         if self.version == "custom" and (not self.attacks or len(set(self.attacks)) != len(self.attacks)):
-            raise ValueError("version custom wants a list of different attacks")
-        if self.version == "standard" and self.attacks not in ([], STANDARD):
-            raise ValueError(f"version standard is {STANDARD}: name them, or none, or set version: custom")
+            raise ValueError(f"attacks: version custom wants a list of different attacks, got {self.attacks}")
+        if self.version == "standard" and {*self.attacks} not in [set(), *({*standard_attacks(k)} for k in (2, 3, 4))]:
+            raise ValueError(f"attacks: version standard wants none, or its own {standard_attacks(4)}, got {self.attacks}")
         return self
 
     @property
@@ -71,8 +70,13 @@ class EvaluateSection(Section):
         if self.version == "custom":
             check_classes(self.attacks, num_classes)
             return self.attacks
-        fitting: list[AttackName] = ["apgd-t"] if num_classes > 3 else ["apgd-dlr"] if num_classes == 3 else []
-        return ["apgd-ce", *fitting, "fab-t", "square"]
+        return standard_attacks(num_classes)
+
+
+def standard_attacks(num_classes: int) -> list[AttackName]:
+    """Those of AutoAttack's standard version that are defined for so many classes, in their order."""
+    fitting: list[AttackName] = ["apgd-t"] if num_classes > 3 else ["apgd-dlr"] if num_classes == 3 else []
+    return ["apgd-ce", *fitting, "fab-t", "square"]
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
@@ -228,7 +232,7 @@ def check_classes(attacks: list[AttackName], num_classes: int) -> None:
         if num_classes < fewest:
             raise InputError(
                 f"evaluate.attacks: {attack} wants at least {fewest} classes, the data have {num_classes}; "
-                "leave it out, or set version: standard, which takes what is defined for them"
+                "leave it out, or set version: standard without attacks, which takes what is defined for them"
             )
 
 

@@ -41,13 +41,13 @@ class QualityParams(Section):
 
 
 class MarginsSection(Section):
-    """`estimator`: DeepFool as in the paper, or `tight`, which goes on from it and is several times slower. `norm` is that of
-    the distances (null: the threat's; an eps rule that compares distances with radii needs that). `bf16` takes gradients
-    and, but where the prediction is in doubt, the logits of the images and so their scores in bfloat16; whether a perturbed
-    image is across is judged in float32, by DeepFool on a GPU in TensorFloat-32. All gradients at `calibration_rows` real
-    images foretell which classes are near (0: the weights of the last layer do). `grand` adds the GraNd score (one gradient
-    of all weights per image, so it is optional). The stage fails when more than the share
-    `max_not_converged` of the rows has no margin."""
+    """`estimator`: DeepFool as in the paper, or `tight`, which goes on from it and is several times slower. `norm` is that
+    of the distances (null: the threat's; an eps rule that compares distances with radii needs that). `bf16` takes gradients
+    in bfloat16, and DeepFool the logits of the images and so their scores too, but where the prediction is in doubt or
+    classes are few; whether a perturbed image is across is judged in float32, by DeepFool on a GPU in TensorFloat-32. All
+    gradients at `calibration_rows` real images foretell which classes are near (0: the weights of the last layer do).
+    `grand` adds the GraNd score (one gradient of all weights per image, so it is optional). The stage fails when more than
+    the share `max_not_converged` of the rows has no margin."""
 
     estimator: Literal["deepfool", "tight"] = "deepfool"
     deepfool: DeepFoolParams

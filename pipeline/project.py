@@ -151,10 +151,11 @@ def image_shape(params: dict[str, Any]) -> tuple[int, int, int] | None:
 def check_own_modules(params: dict[str, Any]) -> None:
     """Raise an InputError where dvc.yaml does not have the user's own modules of architectures: editing these would rerun
     nothing."""
-    for module in own_modules_of(params):
-        base = module.replace(".", "/")
-        for stage, entry in read_yaml(DVC_FILE)["stages"].items():
-            if {f"{base}.py", f"{base}/__init__.py"} & {*code_deps(stage)} - {*entry.get("do", entry)["deps"]}:
+    modules = {name: name.replace(".", "/") for name in own_modules_of(params)}
+    for stage, entry in read_yaml(DVC_FILE)["stages"].items() if modules else ():
+        missing = {*code_deps(stage)} - {*entry.get("do", entry).get("deps", [])}
+        for module, base in modules.items():
+            if {f"{base}.py", f"{base}/__init__.py"} & missing:
                 raise InputError(
                     f"dvc.yaml does not list your module {module} in the stage {stage}; run `python -m pipeline deps --write`"
                 )

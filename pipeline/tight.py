@@ -44,7 +44,7 @@ def tight(
     projection is across) or the last point across. The idea of SuperDeepFool (Abdollahpour et al., arXiv:2303.12481), whose
     projection is for L2 without a box, and of FAB (Croce & Hein, arXiv:1907.02044, eq. 7 and its backward step), which also
     projects for other norms."""
-    own = {"first_candidates": None, "candidates": 3, "refine_steps": None}
+    own = {"first_candidates": None, "candidates": 3, "refine_steps": None, "rough": False}
     start = deepfool(model, x, y, ball=ball, box=box, **{**settings, **own})
     rows = start.converged.nonzero().squeeze(1)
     image, labels = x[rows], y[rows]

@@ -51,7 +51,9 @@ class SynthesizeSection(Section):
     @model_validator(mode="after")
     def only_what_is_drawn_is_selected(self) -> Self:
         if self.select.kind != "none" and not isinstance(self.source, EdmSourceParams):
-            raise ValueError("select: wanted none, unless source.kind is edm: other images can be pruned by a strategy")
+            raise ValueError(
+                f"select: wanted none, unless source.kind is edm (a strategy can prune other images), got {self.select.kind}"
+            )
         return self
 
 

@@ -218,10 +218,12 @@ def test_a_dry_run_finds_what_would_fail_and_nothing_else(
         check_model(params, shape)
 
 
+MODEL = "{architecture: mynets.cnn, arguments: {}}"
 USERS = {
-    "margin_model.model": {"margin_model", "judge", "margins", "report"},
-    "train.model": {"train", "evaluate", "report"},
-    "guide.model": {"guide", "synthesize", "report"},
+    f"margin_model.model={MODEL}": {"margin_model", "judge", "margins", "report"},
+    "margin_model={kind: import, path: given}": {"margin_model", "judge", "margins", "report"},
+    f"train.model={MODEL}": {"train", "evaluate", "report"},
+    f"guide={{kind: train, model: {MODEL}}}": {"guide", "synthesize", "report"},
 }
 
 
@@ -243,12 +245,19 @@ def test_check_wants_ones_own_module_in_dvc_yaml_and_deps_puts_it_there(
     deps = {name: entry.get("do", entry)["deps"] for name, entry in read_yaml(Path("dvc.yaml"))["stages"].items()}
     having = {name for name, listed in deps.items() if {"mynets.py", "more.py"} <= {*listed}}
     assert having == {"margin_model", "judge", "margins", "train", "evaluate", "report"}
-    for section, wanted in USERS.items():
-        Path("params.yaml").write_text(recipes.read("digits", [f"{section}={{architecture: mynets.cnn, arguments: {{}}}}"]))
+    Path("given").mkdir()
+    Path("given/model.json").write_text('{"architecture": "mynets.cnn"}')
+    for change, wanted in USERS.items():
+        Path("params.yaml").write_text(recipes.read("digits", [change]))
         assert {stage for stage in project_module.stage_names() if "mynets.py" in code_deps(stage)} == wanted
-        with pytest.raises(InputError, match="in the stage guide") if section == "guide.model" else nullcontext():
+        with pytest.raises(InputError, match="in the stage guide") if "guide" in wanted else nullcontext():
             project_module.check_own_modules(read_yaml(Path("params.yaml")))
     Path("params.yaml").write_text(text)
+    mine = "stages:\n  mine: {cmd: 'true', params: [seeds, {more.yaml: [a]}], metrics: [mine.json]}\n"  # a stage of one's own
+    without = Path("dvc.yaml").read_text()
+    Path("dvc.yaml").write_text(without.replace("stages:\n", mine, 1))
+    assert "mynets.py" in code_deps("train")
+    Path("dvc.yaml").write_text(without)
     run = store.RunStore(folder / ".runs/train@puma-0/key")
     run.path.mkdir(parents=True)
     assert {path.name for path in run.snapshot_code().iterdir()} == {"more.py", "mynets.py", "pipeline", "stages"}

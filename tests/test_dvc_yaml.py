@@ -222,7 +222,7 @@ def test_all_strategies_of_the_readme_are_one_line_away() -> None:
         ("strategies.puma.score=margins", "strategies.puma.score: Input should be 'random', 'margin'"),
         ("strategies.new={score: margin, keep: 0}", "strategies.new.keep: Input should be greater than 0, got 0"),
         ("threat.norm=linfty", "threat.norm: Input should be 'linf' or 'l2', got 'linfty'"),
-        ("evaluate.attacks=[]", "a list of different attacks"),
+        ("evaluate.attacks=[]", "evaluate: attacks: version custom wants a list of different attacks, got []"),
         ("execution.device=tpu", "execution.device: Input should be 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ("ingest.source.kind=zip", "ingest.source"),
         ("strategies={30: {}}", "numbers in quotes), got [30]"),
@@ -304,7 +304,10 @@ def test_execution_alone_imports_submitit() -> None:
             "strategies.puma.applies_to: synthetic wants some",
         ),
         (["threat.eps_255=300"], "eps_255: wanted at most 255"),
-        (["evaluate.version=standard", "evaluate.attacks=[apgd-ce]"], "version standard is "),
+        (
+            ["evaluate.version=standard", "evaluate.attacks=[apgd-ce]"],
+            "version standard wants none, or its own .* got",
+        ),
         (["margins.norm=l2"], "strategies.puma: eps rule margin: wanted margins in linf"),
         (["generator={kind: none}"], "synthesize.source.kind: edm wants a generator"),
         (["synthesize.select={kind: class_agreement}"], "synthesize.select: wants a guide"),
@@ -315,6 +318,26 @@ def test_execution_alone_imports_submitit() -> None:
 def test_what_sections_cannot_do_together_is_found_before_anything_runs(changes: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         project.check_params(recipes.parse(recipes.read("digits", changes)), "params.yaml")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["threat={norm: l2, eps_255: 300}", "strategies={none: {}}"],
+        ["strategies.puma.eps={rule: floor, min_eps_255: 24}"],
+        ["evaluate.version=standard", "evaluate.attacks=[]"],
+        ["evaluate.version=standard", "evaluate.attacks=[square, fab-t, apgd-t, apgd-ce]"],
+        ["evaluate.version=standard", "evaluate.attacks=[apgd-ce, apgd-dlr, fab-t, square]"],
+    ],
+)
+def test_what_only_looks_wrong_is_allowed(changes: list[str]) -> None:
+    project.check_params(recipes.parse(recipes.read("digits", changes)), "params.yaml")
+
+
+def test_the_summary_of_a_recipe_is_the_first_sentence_of_its_comment(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("# Settings of Wang et al. on one\n# machine: all. Never run.\nseeds: [0]  # two\n")
+    assert recipes.summary(path) == "Settings of Wang et al. on one machine: all"
 
 
 def test_unfinished_work_of_a_strategy_whose_name_is_a_number_is_left_over_when_its_process_is_dead(tmp_path: Path) -> None:

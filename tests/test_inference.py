@@ -102,8 +102,10 @@ def test_rough_logits_are_those_of_bf16_but_for_images_whose_two_highest_are_clo
     torch.testing.assert_close(found[~rows], low[~rows], rtol=1e-6, atol=1e-6)
     assert not torch.equal(found[~rows], exact[~rows])
     assert torch.equal(found.argmax(dim=1), exact.argmax(dim=1))
-    logits = torch.tensor([[1.0, 0.0, 0.97], [1.0, 0.0, 0.99]])
+    logits = torch.zeros(2, 10)
+    logits[:, 0], logits[:, 2] = 1, torch.tensor([0.97, 0.99])
     assert unsure(logits).tolist() == [False, True]
+    assert unsure(logits[:, :3]).tolist() == [True, True]
 
 
 def test_a_gpu_sees_batches_of_multiples_and_gives_back_what_belongs_to_each_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def test_mixed_images_are_attacked_against_their_mixed_labels(loss: str) -> None
     with torch.no_grad():
         clean, adversarial = (nn.functional.cross_entropy(model(x), soft.y, reduction="none") for x in (soft.x, x_adv))
     assert bool((adversarial[[0, 1, 3]] > clean[[0, 1, 3]]).all())
-    with pytest.raises(ValidationError, match="cutmix: wanted another loss than mart"):
+    with pytest.raises(ValidationError, match="cutmix: wanted false with the loss mart"):
         recipe(loss="mart", augmentation=AugmentationParams(crop_padding=0, flip=False, cutmix=True).model_dump())
     with pytest.raises(ValidationError, match="label_smoothing: wanted 0 with the loss mart"):
         recipe(loss="mart", label_smoothing=0.1)

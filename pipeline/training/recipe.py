@@ -46,7 +46,7 @@ class TrainingParams(Section):
     @model_validator(mode="after")
     def _mart_has_one_label(self) -> Self:
         if self.augmentation.cutmix and self.loss == "mart":
-            raise ValueError("cutmix: wanted another loss than mart, whose terms are of one label per image")
+            raise ValueError("cutmix: wanted false with the loss mart, whose terms are of one label per image, got true")
         if self.label_smoothing and self.loss == "mart":
             raise ValueError(f"label_smoothing: wanted 0 with the loss mart, which has none, got {self.label_smoothing}")
         return self

@@ -134,6 +134,8 @@ def test_other_test_images_other_attacks_and_unknown_names_are_input_errors() ->
     first, second = read_experiment("first"), read_experiment("HEAD")
     with pytest.raises(InputError, match="no revision or experiment 'nowhere'"):
         read_experiment("nowhere")
+    with pytest.raises(InputError, match="got an empty name"):
+        read_experiment("")
     second.runs[0].attacks.pop("apgd-t")
     with pytest.raises(InputError, match="first was attacked by"):
         compare(first, second, 0.95)
