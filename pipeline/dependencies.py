@@ -22,15 +22,20 @@ def code_deps(stage: str, root: Path = Path()) -> list[str]:
     seen = closure([f"stages/{stage}.py"], root)
     if REGISTRY in seen and (root / PARAMS_FILE).is_file():  # a job on a cluster has its params elsewhere
         params = read_yaml(root / PARAMS_FILE)
-        modules = own_modules_of({name: params.get(name) for name in sections_of(stage, root)}, root)
+        modules = own_modules_of({name: params.get(name) for name in sections_of(stage, root) or params}, root)
         seen |= closure([path for module in modules for path in files_of(module, root)], root)
     templates = {t for path in seen for t in templates_of(root / path, root)}
     return sorted(path for path in seen | templates if not is_documentation(root / path))
 
 
 def sections_of(stage: str, root: Path) -> set[str]:
-    """The sections of params.yaml that the stage and those that make what it reads have in dvc.yaml."""
+    """The sections of params.yaml that the stage and those that make what it reads have in dvc.yaml; none where it is not
+    there."""
+    if not (root / DVC_FILE).is_file():
+        return set()
     stages = {name: entry.get("do", entry) for name, entry in read_yaml(root / DVC_FILE)["stages"].items()}
+    if stage not in stages:
+        return set()
     outs = {name: paths(entry.get("outs", [])) for name, entry in stages.items()}
     makers = [name for name, made in outs.items() if any(overlap(a, b) for a in stages[stage].get("deps", []) for b in made)]
     keys = [key for name in (stage, *makers) for key in stages[name].get("params", []) if isinstance(key, str)]

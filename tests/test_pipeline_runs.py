@@ -163,7 +163,7 @@ def test_two_clones_give_the_same_bytes_and_so_do_stages_side_by_side(finished: 
         ("strategies.puma.keep=0.001", "manifest", "keeps none of 190 rows; raise keep"),
         ("evaluate.version=fast", "evaluate", "evaluate.version: Input should be 'standard' or 'custom', got 'fast'"),
         ("generator={kind: none}", "synthesize", "generator"),
-        ("margin_model={kind: import, path: nowhere}", "margin_model", "nowhere/model.json"),
+        ("margin_model={kind: import, path: nowhere}", "margin_model", "nowhere: wanted a folder with a model"),
     ],
 )
 def test_bad_input_ends_in_one_clear_line_and_publishes_nothing(
